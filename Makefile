@@ -1,0 +1,52 @@
+# Two commands do everything: `make quickstart` and `make test`. Both make what they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: help quickstart test lint format clean
+
+help:
+	@echo "make quickstart   virtual environment, install, train the small Llama of configs/quickstart.yaml"
+	@echo "make test         virtual environment, install, run all tests (no GPU needed)"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        remove the virtual environment and the runs"
+
+$(BIN)/python:
+	@echo "== making the virtual environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== installing amsf_dist with what training needs (minutes, once)"
+	@$(PIP) torch
+	@$(PIP) --editable '.[train]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	@echo "== installing what the tests compare with (schedulefree, adam-mini, torch-optimi, pytest)"
+	@$(PIP) --editable '.[train,test,dev]'
+	@touch $@
+
+quickstart: $(VENV)/.train
+	@echo "== training: amsf train configs/quickstart.yaml"
+	@$(BIN)/amsf train configs/quickstart.yaml
+
+test: $(VENV)/.test
+	@echo "== testing with $(WORKERS) workers"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -q tests
+
+lint: $(VENV)/.test
+	@echo "== ruff and mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs

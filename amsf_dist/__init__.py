@@ -1,0 +1,10 @@
+"""AMSF: a sharding-aware, block-wise, Schedule-Free optimizer for FSDP and DeepSpeed."""
+
+from __future__ import annotations
+
+from amsf_dist.audit import explain
+from amsf_dist.optimizer import AMSF
+
+__all__ = ["AMSF", "__version__", "explain"]
+
+__version__ = "0.1.0"

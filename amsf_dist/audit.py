@@ -1,0 +1,196 @@
+"""The block table: what AMSF makes of a model, parameter by parameter, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amsf_dist import blocks as block_rules
+from amsf_dist.architecture import read_architecture
+from amsf_dist.blocks import canonical_name
+from amsf_dist.hyper import Hyper
+from amsf_dist.kernels import Holding
+from amsf_dist.rules import RULES
+from amsf_dist.shards import Layout, locate
+from amsf_dist.state import STASH
+from amsf_dist.storage import state_storage
+
+__all__ = ["Explanation", "Row", "explain", "explain_holdings", "memory"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        name: canonical, "" when unknown.
+        shape: of the whole parameter.
+        kind: of its blocks.
+        blocks: how many it has in all.
+        cut_blocks: how many of them are summed over ranks in every step.
+        state_bytes: of its lines and moments on this rank.
+        note: why a block rule was not the expected one; "" when it was.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    blocks: int
+    cut_blocks: int
+    state_bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows in the order of the parameters; `str()` is a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def cut_blocks(self) -> int:
+        """Numbers that a step adds up over ranks."""
+        return sum(row.cut_blocks for row in self.rows)
+
+    @property
+    def not_recognised(self) -> tuple[Row, ...]:
+        """Rows with a note."""
+        return tuple(row for row in self.rows if row.note)
+
+    def __str__(self) -> str:
+        """The table."""
+        head = ("parameter", "shape", "blocks", "kind", "cut", "state bytes", "note")
+        body = [
+            (
+                row.name or "(no name)",
+                " x ".join(map(str, row.shape)) or "scalar",
+                f"{row.blocks:,}",
+                row.kind,
+                f"{row.cut_blocks:,}",
+                f"{row.state_bytes:,}",
+                row.note,
+            )
+            for row in self.rows
+        ]
+        numel = sum(math.prod(row.shape) for row in self.rows)
+        total = (
+            f"{len(self.rows)} parameters",
+            f"{numel:,}",
+            f"{sum(row.blocks for row in self.rows):,}",
+            "",
+            f"{self.cut_blocks:,}",
+            f"{sum(row.state_bytes for row in self.rows):,}",
+            "",
+        )
+        return _table([head, *body, total], right=(2, 4, 5))
+
+
+def explain(model: nn.Module, **amsf_kwargs: Any) -> Explanation:
+    """How `AMSF(model, **amsf_kwargs)` would cut every trainable parameter. Allocates nothing.
+
+    Args:
+        model: plain, on the meta device, or sharded (then "cut" and the bytes are this rank's).
+        **amsf_kwargs: arguments of `AMSF`.
+
+    Raises:
+        TypeError, ValueError: as `AMSF` does.
+    """
+    hyper = Hyper.of(amsf_kwargs)
+    block_rules.check(hyper.blocks)
+    facts = read_architecture(model)
+    rows = []
+    for full_name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        name = canonical_name(full_name)
+        cut = block_rules.resolve(
+            hyper.blocks,
+            name,
+            tuple(param.shape),
+            facts=facts.get(name),
+            head_dim=hyper.head_dim,
+        )
+        layout = locate(name, param, cut)
+        line = state_storage(hyper.state_storage, param.dtype)
+        lines = len(RULES[hyper.averaging].lines)
+        line_bytes = lines * _local_bytes(
+            line.allocate("line", param.detach().to("meta")).values(), layout
+        )
+        rows.append(_row(name, param, layout, line_bytes))
+    return Explanation(tuple(rows))
+
+
+def explain_holdings(holdings: Sequence[Holding]) -> Explanation:
+    """The table of a built optimizer."""
+    return Explanation(
+        tuple(
+            _row(
+                holding.name,
+                holding.param,
+                holding.layout,
+                sum(_bytes(tensor) for line in holding.lines for tensor in line.tensors),
+            )
+            for holding in holdings
+        )
+    )
+
+
+def memory(
+    holdings: Sequence[Holding], state: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[str, int]:
+    """Bytes on this rank by owner.
+
+    Returns:
+        "weights"; "error_bits" of compensated weights; one entry per line of the rule ("gap" or
+        "exp_avg"); "v", the block moments; "y", exact training weights kept in eval mode; "total".
+    """
+    owners = {"weights": 0, "error_bits": 0}
+    for holding in holdings:
+        owners["weights"] += _bytes(holding.memory(holding.param))
+        for name, line in zip(holding.rule.lines, holding.lines, strict=True):
+            owners[name] = owners.get(name, 0) + sum(map(_bytes, line.tensors))
+        owners["v"] = owners.get("v", 0) + _bytes(holding.exp_avg_sq)
+        if STASH in state[holding.param]:
+            stash = holding.memory(state[holding.param][STASH])
+            owners["y"] = owners.get("y", 0) + _bytes(stash)
+    owners["total"] = sum(owners.values())
+    return owners
+
+
+def _row(name: str, param: Tensor, layout: Layout, line_bytes: int) -> Row:
+    shape = tuple(param.shape)
+    moment_bytes = torch.promote_types(param.dtype, torch.float32).itemsize * layout.num_blocks
+    (blocks,) = {piece.blocks for piece in layout.pieces}
+    return Row(
+        name=name,
+        shape=shape,
+        kind=blocks.kind,
+        blocks=blocks.num_blocks(shape),
+        cut_blocks=layout.num_blocks if layout.axes else 0,
+        state_bytes=line_bytes + moment_bytes,
+        note=blocks.note,
+    )
+
+
+def _local_bytes(tensors: Iterable[Tensor], layout: Layout) -> int:
+    return sum(_bytes(layout.local(tensor)) for tensor in tensors)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _table(lines: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,203 @@
+"""Block rules: how the line of one parameter is cut into equal blocks."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from amsf_dist.architecture import Facts
+from amsf_dist.names import HEAD_ROLES, canonical_name, may_be_transposed, role_of
+from amsf_dist.patterns import KINDS, check, check_head_dim, unmatched_patterns
+
+__all__ = ["KINDS", "Blocks", "canonical_name", "check", "resolve", "unmatched_patterns"]
+
+# Roles whose weights have their outputs on dim 0 (of the permuted weight); others on all but the
+# last, so that a stack of matrices gives one row of one matrix.
+_OUTPUTS_FIRST = ("linear", "value", "query_key", "fused_qkv", "convolution")
+_PASS_NAMES = "pass model.named_parameters() or the model instead of model.parameters()"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one parameter's line is cut.
+
+    Attributes:
+        kind: `"element"`, `"row"`, `"head"` or `"tensor"`.
+        block_numel: elements per block; divides numel (1 where numel is 0).
+        order: permutation of the dims whose row-major order is the line; None = as stored.
+        note: why, when the parameter was not recognised or fell back; shown by `explain`.
+    """
+
+    kind: str
+    block_numel: int
+    order: tuple[int, ...] | None = None
+    note: str = ""
+
+    def num_blocks(self, shape: Sequence[int]) -> int:
+        """Blocks of a parameter of this (global) shape."""
+        return math.prod(shape) // self.block_numel
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One parameter as the rules see it; `head_dim` is the user's word, `facts` the model's."""
+
+    name: str | None
+    shape: tuple[int, ...]
+    facts: Facts
+    head_dim: int | None
+
+    def __str__(self) -> str:
+        return f"parameter {self.name or '<no name>'!r} of shape {self.shape}"
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Output rows: the equal runs of the line that a linear layer calls neurons."""
+        order = self.facts.order
+        line = tuple(self.shape[dim] for dim in order) if order else self.shape
+        if len(line) < 2:
+            return self.numel
+        if self.facts.role in _OUTPUTS_FIRST:
+            return line[0] * self.facts.groups
+        return math.prod(line[:-1])
+
+
+def resolve(
+    blocks: Any,
+    name: str | None,
+    shape: Sequence[int],
+    *,
+    facts: Facts | None = None,
+    head_dim: int | None = None,
+) -> Blocks:
+    """Decide the blocks of one parameter.
+
+    Args:
+        blocks: the `blocks=` argument, see `check`.
+        name: fully qualified name, wrapper prefixes allowed; None for a plain parameter.
+        shape: global shape (before sharding).
+        facts: what the owning module says; without it only the name and the shape speak.
+        head_dim: rows per attention head, given by the user; wins over the facts.
+
+    Raises:
+        TypeError: `blocks` or `head_dim` has the wrong type.
+        ValueError: the blocks cannot be decided: heads of unknown size under `"adam_mini"`, a
+            given `head_dim` that does not divide the rows, or a rule by name without a name.
+    """
+    rules = check(blocks)
+    if head_dim is not None:
+        check_head_dim("head_dim", head_dim)
+    shape = tuple(int(size) for size in shape)
+    name = None if name is None else canonical_name(name)
+    kind = rules
+    if isinstance(rules, list):
+        if rules and name is None:
+            raise ValueError(
+                f"blocks is a list of name patterns and a parameter of shape {shape} has no name; "
+                f"{_PASS_NAMES}"
+            )
+        rule = next((rule for rule in rules if re.search(rule["pattern"], str(name))), {})
+        kind = rule.get("kind", "auto")
+        head_dim = rule.get("head_dim", head_dim)
+    if facts is None:
+        facts = _facts_from_name(name, shape)
+    return _by_kind(str(kind), _Parameter(name, shape, facts, head_dim))
+
+
+def _facts_from_name(name: str | None, shape: tuple[int, ...]) -> Facts:
+    if name is None:
+        return Facts("other", note=f"not recognised: no name; {_PASS_NAMES}")
+    role = role_of(name, len(shape))
+    if may_be_transposed(name, shape):
+        note = "stored [out, in] or [in, out] (GPT-2's Conv1D)? pass the model; taken as [out, in]"
+        return Facts("linear", note=note)
+    if role == "experts":
+        note = "stored [.., out, in] or [.., in, out]? pass the model; taken as [.., out, in]"
+        return Facts(role, note=note)
+    if role == "convolution" and shape[0] == 1 and "conv" not in name.lower():
+        return Facts("other")  # a convolution of one channel would be one block per tensor
+    return Facts(role)
+
+
+def _by_kind(kind: str, param: _Parameter) -> Blocks:
+    if kind == "element":
+        return Blocks("element", 1)
+    if kind == "tensor":
+        return _tensor(param)
+    if kind == "row":
+        return _row(param)
+    if kind == "head":
+        return _head(param, strict="kind 'head'")
+    return _by_role(kind, param)
+
+
+def _by_role(kind: str, param: _Parameter) -> Blocks:
+    """Adam-mini's partition, and `"auto"`, which differs in vectors and in what it forgives."""
+    role, note, ndim = param.facts.role, param.facts.note, len(param.shape)
+    adam_mini = kind == "adam_mini"
+    if adam_mini and param.name is None and role == "other" and ndim >= 2:
+        raise ValueError(
+            f"blocks='adam_mini' goes by parameter names and {param} has none; {_PASS_NAMES}"
+        )
+    if role == "bias" or (not adam_mini and (role == "norm" or ndim < 2)):
+        return Blocks("element", 1)
+    if role == "norm":
+        return _tensor(param)
+    if ndim < 2:
+        # Without a name a bias cannot be told from a norm, and single elements suit both.
+        if param.name is None:
+            return Blocks("element", 1, note=note)
+        return replace(_tensor(param), note="not recognised: one block, as in Adam-mini")
+    if role in HEAD_ROLES:
+        return _head(param, strict="blocks='adam_mini'" if adam_mini else "")
+    blocks = _row(param)
+    if role == "other" and not note:
+        note = "not recognised: neither module nor name says what it is; one row per block"
+    return replace(blocks, note=note)
+
+
+def _row(param: _Parameter) -> Blocks:
+    return _runs("row", param, 1, param.facts.note)
+
+
+def _tensor(param: _Parameter) -> Blocks:
+    return Blocks("tensor", max(param.numel, 1))
+
+
+def _head(param: _Parameter, strict: str) -> Blocks:
+    """One block per head; where the heads are not known, rows, or an error if `strict` asks."""
+    rows = param.rows
+    if param.head_dim is not None:
+        if rows % param.head_dim:
+            raise ValueError(
+                f"head_dim={param.head_dim} does not divide the {rows} rows of {param}; pass the "
+                "rows per head, or a rule for this one, e.g. blocks=[{'pattern': "
+                f"{re.escape(param.name or '...')!r}, 'kind': 'row'}}]"
+            )
+        return _runs("head", param, param.head_dim, param.facts.note)
+    read = param.facts.head_dim
+    if read is not None and rows % read == 0:
+        return _runs("head", param, read, param.facts.note)
+    if read is not None:
+        reason = f"head_dim {read}, read from the model, does not divide its {rows} rows"
+    else:
+        reason = param.facts.note or "head_dim is not known"
+    if strict:
+        raise ValueError(
+            f"{strict} needs rows per head for {param}: {reason}; pass head_dim=, or the model "
+            "instead of its parameters"
+        )
+    return _runs("row", param, 1, f"{reason}: one row per block")
+
+
+def _runs(kind: str, param: _Parameter, rows_per_block: int, note: str) -> Blocks:
+    numel = param.numel
+    block_numel = numel // param.rows * rows_per_block if numel else 1
+    return Blocks(kind, block_numel, param.facts.order, note)

@@ -1,0 +1,419 @@
+"""The optimizer: measure the blocks, agree on those that are cut, move the weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from amsf_dist import blocks as block_rules
+from amsf_dist import audit, kernels, plan, state
+from amsf_dist.architecture import Facts, read_architecture
+from amsf_dist.blocks import Blocks, canonical_name
+from amsf_dist.hyper import Hyper
+
+__all__ = ["AMSF"]
+
+logger = logging.getLogger(__name__)
+
+# Fixed when a group is made: they decide what the state looks like, so loading does not change them.
+_STRUCTURE = ("averaging", "blocks", "head_dim", "weight_storage", "state_storage", "seed")
+
+
+class AMSF(Optimizer):
+    """Block-wise second moments, Schedule-Free averaging, the same update under every sharding.
+
+    A parameter is a line of numbers cut in equal blocks (an element, a row, an attention head, the
+    whole tensor); every block has one second moment. The parameters hold y, where gradients are
+    taken; `eval` and `averaged_parameters` put the average x in their place. All state is fp32
+    (fp64 for fp64 parameters) unless `state_storage` says otherwise, and exists from construction.
+
+    Args:
+        params: a module (names, head sizes and weight layouts are read from it; build it after
+            `fully_shard`), `named_parameters()`, parameters, or parameter groups.
+        lr: learning rate; held constant after the warm-up unless a scheduler changes it.
+        betas: beta1, weight of the average in y (schedule_free) or decay of the first moment (ema);
+            beta2, decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, multiplied by lr.
+        averaging: "schedule_free" (arXiv 2405.15682) or "ema" (AdamW, Adam-mini).
+        blocks: "auto", "adam_mini", "row", "tensor", "element", or a list of rules
+            {"pattern": regex, "kind": ...}, first match wins (docs/blocks.md).
+        head_dim: rows per attention head of q/k projections; None: read from the module.
+        warmup_steps: steps over which lr rises linearly from lr / warmup_steps.
+        r: power of the step in the weight of an iterate in the average.
+        weight_lr_power: power of the highest lr so far in that weight.
+        decay: "all" parameters, or "matrices": only those with two dimensions or more.
+        decouple_lr: multiply weight decay by lr / max_lr instead of lr.
+        max_lr: highest lr of the schedule, for `decouple_lr`; None: the group's lr.
+        weight_storage: "auto" and "native": in the parameter's own dtype.
+        state_storage: "auto" and "fp32", or "bf16".
+        lr_adaptation: None.
+        seed: of stochastic rounding.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message has its range and the cure.
+
+    Source: docs/algorithm.md.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 2.5e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        averaging: str = "schedule_free",
+        blocks: str | list[dict[str, Any]] = "auto",
+        head_dim: int | None = None,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        decay: str = "all",
+        decouple_lr: bool = False,
+        max_lr: float | None = None,
+        weight_storage: str = "auto",
+        state_storage: str = "auto",
+        lr_adaptation: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        hyper = Hyper(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            averaging=averaging,
+            blocks=blocks,
+            head_dim=head_dim,
+            warmup_steps=warmup_steps,
+            r=r,
+            weight_lr_power=weight_lr_power,
+            decay=decay,
+            decouple_lr=decouple_lr,
+            max_lr=max_lr,
+            weight_storage=weight_storage,
+            state_storage=state_storage,
+            lr_adaptation=lr_adaptation,
+            seed=seed,
+        )
+        block_rules.check(blocks)
+        self._facts: dict[str, Facts] = {}
+        self._names: list[list[str]] = []
+        self._blocks: list[list[Blocks]] = []
+        self._plan: plan.Plan | None = None
+        self._skipped: Tensor | int = 0
+        if isinstance(params, nn.Module):
+            self._facts = read_architecture(params)
+            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+        super().__init__(params, {**asdict(hyper), "train_mode": True})
+        self._warn_unmatched()
+        self._ready()
+
+    # Groups and state ---------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it starts its own count of steps.
+
+        Args:
+            param_group: "params" and any hyper-parameters that differ from the constructor's.
+
+        Raises:
+            TypeError, ValueError: as the constructor; nothing is added then.
+        """
+        options = {key: param_group.get(key, value) for key, value in self.defaults.items()}
+        options.pop("train_mode")
+        hyper = Hyper.of(options)
+        block_rules.check(hyper.blocks)
+        training = all(group["train_mode"] for group in getattr(self, "param_groups", ()))
+        params = _without_duplicates(param_group["params"])
+        super().add_param_group(
+            {**param_group, **hyper.as_group(), "params": params, "train_mode": training}
+        )
+        try:
+            self._describe(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if self._plan is not None:  # the constructor makes the plan when all groups are there
+            self._ready()
+
+    def _describe(self, group: dict[str, Any]) -> None:
+        """Name the group's parameters and cut their lines in blocks."""
+        params = group["params"]
+        names = [canonical_name(name) for name in group.get("param_names", [""] * len(params))]
+        for name, param in zip(names, params, strict=True):
+            if param.dtype.is_complex:
+                raise TypeError(f"{name or 'a parameter'}: complex parameters are not supported")
+        rules = [
+            block_rules.resolve(
+                group["blocks"],
+                name or None,
+                tuple(param.shape),
+                facts=self._facts.get(name),
+                head_dim=group["head_dim"],
+            )
+            for name, param in zip(names, params, strict=True)
+        ]
+        self._names.append(names)
+        self._blocks.append(rules)
+
+    def _ready(self) -> plan.Plan:
+        """The plan, made anew when the parameters have changed under it."""
+        if not plan.is_current(self._plan, self.param_groups, self.state):
+            self._plan = plan.build(self.param_groups, self.state, self._names, self._blocks)
+        assert self._plan is not None
+        return self._plan
+
+    def _warn_unmatched(self) -> None:
+        for pattern in block_rules.unmatched_patterns(
+            self.defaults["blocks"], [name for names in self._names for name in names]
+        ):
+            logger.warning("blocks: pattern %r matches no parameter's name", pattern)
+
+    # The step -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move the weights by their gradients.
+
+        A step whose gradients are not all finite changes nothing and is counted in
+        `skipped_steps`; under sharding see docs/algorithm.md, "Non-finite gradients".
+
+        Args:
+            closure: evaluates the model anew and gives the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: the parameters hold the average (after `eval`), or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_unusable_gradients()
+        self.update(self._ready())
+        return loss
+
+    def update(self, current: plan.Plan) -> None:
+        """Measure, agree, move: one step of everything in the plan.
+
+        Every rank calls it with the same parameters in the same order, with gradients or without.
+        """
+        sums = current.sums
+        sums.clear()
+        for lane in current.lanes:  # measure what this rank can see
+            for holding in lane.holdings:
+                if (grad := holding.param.grad) is not None:
+                    kernels.sum_of_squares(holding, grad)
+        finite = sums.agree()  # on the blocks cut by a shard boundary
+        self._count_skipped(finite)
+        for lane in current.lanes:  # move
+            self._move(lane, finite[lane.device], sums.everyone_knows)
+
+    def _move(self, lane: plan.Lane, finite: Tensor, everyone_knows: bool) -> None:
+        stepping = [holding for holding in lane.holdings if holding.param.grad is not None]
+        on_host = lane.device.type == "cpu"
+        if not stepping or (on_host and everyone_knows and not finite):
+            return
+        # Where the host can read the verdict for nothing, a finite step needs no masks.
+        verdict = None if on_host and finite else finite
+        coefficients = lane.advance(stepping, finite if everyone_knows else None)
+        for holding in stepping:
+            kernels.move_(
+                holding,
+                holding.param.grad,
+                coefficients[holding.index],
+                verdict,
+                by_block=verdict is not None and not everyone_knows,
+            )
+
+    def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
+        for verdict in list(finite.values())[:1]:  # the same on every device
+            self._skipped = verdict.logical_not() + self._skipped
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps in which a gradient was not finite. Reading it waits for the device."""
+        return int(self._skipped)
+
+    def _refuse_unusable_gradients(self) -> None:
+        """Raise before anything has changed."""
+        for names, group in zip(self._names, self.param_groups, strict=True):
+            for name, param in zip(names, group["params"], strict=True):
+                if param.grad is None:
+                    continue
+                if not group["train_mode"]:
+                    raise RuntimeError(
+                        "step() with gradients while the parameters hold the average x: call "
+                        "optimizer.train() before the forward pass of training"
+                    )
+                if param.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{name or 'a parameter'}: sparse gradients are not supported; build the "
+                        "embedding with sparse=False"
+                    )
+
+    # Training and evaluation weights ------------------------------------------------------------
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the average x into the parameters; y is kept aside, exactly. Idempotent."""
+        for lane in self._ready().lanes:
+            if lane.group["train_mode"] and lane.rule.averaged:
+                for holding in lane.holdings:
+                    weights = holding.param.detach()
+                    self.state[holding.param][state.STASH] = weights.clone()
+                    kernels.average_(holding, lane.group, out=holding.memory(weights))
+        self._set_mode(training=False)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put y back, bit for bit. Idempotent."""
+        for lane in self._ready().lanes:
+            if not lane.group["train_mode"] and lane.rule.averaged:
+                for holding in lane.holdings:
+                    weights = holding.param.detach()
+                    stash = self.state[holding.param].pop(state.STASH, None)
+                    if stash is not None:
+                        holding.memory(weights).copy_(holding.memory(stash))
+                    else:  # a checkpoint written in eval mode whose loader dropped y
+                        out = holding.memory(weights)
+                        kernels.average_(holding, lane.group, out=out, back=True)
+        self._set_mode(training=True)
+
+    def _set_mode(self, *, training: bool) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = training
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Parameters hold x inside the block; afterwards whatever they held before."""
+        training = any(group["train_mode"] for group in self.param_groups)
+        self.eval()
+        try:
+            yield
+        finally:
+            if training:
+                self.train()
+
+    @torch.no_grad()
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state dict at x, without touching the parameters.
+
+        Args:
+            model: whose parameters this optimizer trains; wrappers are seen through.
+
+        Returns:
+            Canonical name -> tensor. Trained parameters are new tensors, DTensors where the
+            parameters are; frozen ones and buffers are the model's own.
+        """
+        averages: dict[int, Tensor] = {}
+        for lane in self._ready().lanes:
+            for holding in lane.holdings:
+                averages[id(holding.param)] = x = holding.param.detach().clone()
+                if lane.group["train_mode"]:
+                    kernels.average_(holding, lane.group, out=holding.memory(x))
+        tied = dict(model.named_parameters(remove_duplicate=False))
+        return {
+            canonical_name(name): averages.get(id(tied.get(name)), value)
+            for name, value in model.state_dict().items()
+        }
+
+    # Reports ------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank by owner: "weights", "error_bits", "gap" or "exp_avg", "v", "total"."""
+        return audit.memory(self._ready().holdings, self.state)
+
+    def explain(self) -> audit.Explanation:
+        """How every parameter is cut in blocks, and what that costs here; `print` it."""
+        return audit.explain_holdings(self._ready().holdings)
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a saved state, parameters matched by name where both sides have names.
+
+        State keeps our dtypes (torch's own loading would round it to the parameters'). The mode is
+        the saved one: after loading a checkpoint written in eval mode call `train` to go on.
+
+        Args:
+            state_dict: from `state_dict`, plain or through torch.distributed.checkpoint.
+
+        Raises:
+            ValueError: it belongs to other parameters, groups, blocks or averaging; nothing is
+                changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+        found = state.match(self.param_groups, saved_groups)
+        holdings = self._ready().holdings
+        for holding in holdings:
+            if found[id(holding.param)] in saved_state:
+                saved = saved_state[found[id(holding.param)]]
+                state.check(holding.name or "a parameter", self.state[holding.param], saved)
+        options = [
+            _options_of(number, *pair)
+            for number, pair in enumerate(zip(self.param_groups, saved_groups, strict=True))
+        ]
+
+        for holding in holdings:
+            saved = saved_state.get(found[id(holding.param)])
+            if saved is None:
+                logger.warning("%s: no saved state, it starts anew", holding.name or "a parameter")
+            else:
+                state.load(self.state[holding.param], saved, holding.param.detach())
+        for group, changes in zip(self.param_groups, options, strict=True):
+            group.update(copy.deepcopy(changes))
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep: torch's part, and what no state dict can tell."""
+        kept = ("_facts", "_names", "_blocks")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come back from pickle or deepcopy; the plan is made when it is needed."""
+        self._plan = None
+        self._skipped = 0
+        super().__setstate__(state)
+
+
+def _options_of(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved group may change in ours, checked."""
+    if saved.get("averaging", group["averaging"]) != group["averaging"]:
+        raise ValueError(
+            f"parameter group {number} was saved with averaging={saved['averaging']!r}, this "
+            f"optimizer has {group['averaging']!r}; build it with the saved one"
+        )
+    fixed = ("params", "param_names", *_STRUCTURE)
+    changes = {key: value for key, value in saved.items() if key not in fixed}
+    known = {key: value for key, value in changes.items() if key in group and key != "train_mode"}
+    Hyper.of({key: value for key, value in known.items() if key in Hyper.__dataclass_fields__})
+    return {"train_mode": True, **changes}
+
+
+def _without_duplicates(params: Any) -> Any:
+    """Tied weights may come once under every name; they are one parameter."""
+    if isinstance(params, Tensor) or isinstance(params, (set, frozenset)):
+        return params  # torch takes the one and refuses the other
+    seen: dict[int, Any] = {}
+    for item in params:
+        seen.setdefault(id(item[1] if isinstance(item, tuple) else item), item)
+    return list(seen.values())

@@ -1,0 +1,79 @@
+"""AdamW (arXiv 1711.05101) over blocks: with element blocks AdamW, else Adam-mini (2406.16793)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from amsf_dist.rules.protocol import Scalar
+from amsf_dist.rules.second_moment import second_moment, warmed_up
+
+__all__ = ["RULE", "Ema"]
+
+
+class _Coefficients(NamedTuple):
+    lr: Scalar  # divided by the bias correction of the first moment
+    keep: Scalar  # 1 - lr * weight_decay
+    beta1: float
+    beta2: float
+    bias_correction2: Scalar
+    eps: float
+
+
+class Ema:
+    """First moment as an exponential average; docs/algorithm.md (10), (11)."""
+
+    name = "ema"
+    lines = ("exp_avg",)
+    counters = ("step",)
+    averaged = False
+    ticks_without_gradient = False
+
+    def advance(
+        self, counters: Mapping[str, Tensor], tick: Tensor, group: Mapping[str, Any]
+    ) -> _Coefficients:
+        """docs/algorithm.md (1) and the bias corrections."""
+        beta1, beta2 = group["betas"]
+        step = counters["step"].add_(tick)
+        lr = warmed_up(group["lr"], step, group["warmup_steps"])
+        decay = group["weight_decay"] / (group["max_lr"] if group["decouple_lr"] else 1.0)
+        return _Coefficients(
+            lr=lr / (1.0 - beta1**step),
+            keep=1.0 - lr * decay,
+            beta1=beta1,
+            beta2=beta2,
+            bias_correction2=1.0 - beta2**step,
+            eps=group["eps"],
+        )
+
+    def block_scale(
+        self, exp_avg_sq: Tensor, mean_sq: Tensor, c: _Coefficients
+    ) -> tuple[Tensor, Tensor]:
+        """docs/algorithm.md (2), (3)."""
+        return second_moment(exp_avg_sq, mean_sq, c.beta2, c.bias_correction2, c.eps)
+
+    def move(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        scale: Tensor,
+        lines: tuple[Tensor, ...],
+        decays: bool,
+        c: _Coefficients,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """docs/algorithm.md (10), (11)."""
+        exp_avg = lines[0] + (1.0 - c.beta1) * (grad - lines[0])
+        if decays:
+            weight = c.keep * weight
+        return weight - c.lr * (exp_avg * scale), (exp_avg,)
+
+    def to_x(self, weight: Tensor, lines: tuple[Tensor, ...], group: Mapping[str, Any]) -> Tensor:
+        """The weights themselves: nothing is averaged."""
+        return weight
+
+    to_y = to_x
+
+
+RULE = Ema()

@@ -1,0 +1,95 @@
+"""Schedule-Free averaging over blocks (arXiv 2405.15682), kept as y and the gap e = x - z."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amsf_dist.rules.protocol import Scalar
+from amsf_dist.rules.second_moment import second_moment, warmed_up
+
+__all__ = ["RULE", "ScheduleFree"]
+
+
+class _Coefficients(NamedTuple):
+    lr: Scalar
+    average: Scalar  # beta1 * ckp1
+    direct: Scalar  # (1 - beta1) * lr
+    keep: Scalar  # 1 - ckp1
+    decay: float  # weight decay per unit of lr
+    beta2: float
+    bias_correction2: Scalar
+    eps: float
+
+
+class ScheduleFree:
+    """y' and e' of docs/algorithm.md (6) to (8)."""
+
+    name = "schedule_free"
+    lines = ("gap",)
+    counters = ("step", "weight_sum", "lr_max")
+    averaged = True
+    ticks_without_gradient = True
+
+    def advance(
+        self, counters: Mapping[str, Tensor], tick: Tensor, group: Mapping[str, Any]
+    ) -> _Coefficients:
+        """docs/algorithm.md (1), (4), (5): warm-up, weight of this iterate, averaging weight."""
+        beta1, beta2 = group["betas"]
+        step = counters["step"].add_(tick)
+        lr = warmed_up(group["lr"], step, group["warmup_steps"])
+        lr_max = torch.maximum(counters["lr_max"], lr * tick)
+        weight = step ** group["r"] * lr_max ** group["weight_lr_power"]
+        weight_sum = counters["weight_sum"].add_(weight * tick)
+        counters["lr_max"].copy_(lr_max)
+        # lr = 0 so far: nothing has a weight yet, the average stays where it is.
+        ckp1 = torch.where(weight_sum > 0, weight / weight_sum, 0.0)
+        decay = group["weight_decay"] / (group["max_lr"] if group["decouple_lr"] else 1.0)
+        return _Coefficients(
+            lr=lr,
+            average=beta1 * ckp1,
+            direct=(1.0 - beta1) * lr,
+            keep=1.0 - ckp1,
+            decay=decay,
+            beta2=beta2,
+            bias_correction2=1.0 - beta2**step,
+            eps=group["eps"],
+        )
+
+    def block_scale(
+        self, exp_avg_sq: Tensor, mean_sq: Tensor, c: _Coefficients
+    ) -> tuple[Tensor, Tensor]:
+        """docs/algorithm.md (2), (3)."""
+        return second_moment(exp_avg_sq, mean_sq, c.beta2, c.bias_correction2, c.eps)
+
+    def move(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        scale: Tensor,
+        lines: tuple[Tensor, ...],
+        decays: bool,
+        c: _Coefficients,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """docs/algorithm.md (6) to (8)."""
+        (gap,) = lines
+        update = grad * scale
+        if decays:
+            update = update + c.decay * weight
+        gap = gap + c.lr * update
+        weight = weight - c.average * gap - c.direct * update
+        return weight, (c.keep * gap,)
+
+    def to_x(self, weight: Tensor, lines: tuple[Tensor, ...], group: Mapping[str, Any]) -> Tensor:
+        """docs/algorithm.md (9): x = y + (1 - beta1) e."""
+        return weight + (1.0 - group["betas"][0]) * lines[0]
+
+    def to_y(self, weight: Tensor, lines: tuple[Tensor, ...], group: Mapping[str, Any]) -> Tensor:
+        """docs/algorithm.md (9), read backwards."""
+        return weight - (1.0 - group["betas"][0]) * lines[0]
+
+
+RULE = ScheduleFree()

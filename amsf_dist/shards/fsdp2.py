@@ -1,0 +1,162 @@
+"""DTensor parameters: FSDP2 (`fully_shard`), HSDP, tensor parallel and their products.
+
+Everything is decided from the global shape, the mesh and the placements, never from what this rank
+happens to hold, so that every rank decides alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
+
+from amsf_dist.blocks import Blocks
+from amsf_dist.shards.layout import Axis, Layout, Piece
+from amsf_dist.shards.runs import box_runs, local_blocks
+from amsf_dist.shards.vector import line_shape, vector_shape
+
+__all__ = ["copy_into", "cut_mesh_dims", "fsdp2"]
+
+
+def fsdp2(name: str, param: DTensor, blocks: Blocks) -> Layout:
+    """The box of the parameter that lies on this rank.
+
+    Raises:
+        ValueError: a placement is neither `Shard` nor `Replicate`.
+    """
+    mesh, placements = param.device_mesh, _in_line_order(name, param.placements, blocks)
+    shape = tuple(param.shape)
+    line, vector = line_shape(shape, blocks), vector_shape(shape, blocks)
+    lengths, offsets = compute_local_shape_and_global_offset(line, mesh, placements)
+    cut = cut_mesh_dims(line, mesh.shape, placements, blocks)
+
+    vector_placements = [
+        Replicate() if dim in cut or placement.is_replicate() else placement
+        for dim, placement in enumerate(placements)
+    ]
+    vector_lengths, vector_offsets = compute_local_shape_and_global_offset(
+        vector, mesh, vector_placements
+    )
+    runs = local_blocks(
+        box_runs(line, offsets, lengths, blocks.block_numel), vector, vector_offsets, vector_lengths
+    )
+
+    def as_state(moments: Tensor) -> Tensor:
+        # shape and stride are needed where the last ranks hold less than the others
+        return DTensor.from_local(
+            moments.view(tuple(vector_lengths)),
+            mesh,
+            vector_placements,
+            run_check=False,
+            shape=vector,
+            stride=_contiguous_stride(vector),
+        )
+
+    axes = {
+        dim: Axis(mesh.get_group(dim), mesh.size(dim), mesh.device_type)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    }
+    num_blocks = math.prod(vector_lengths)
+    return Layout(
+        pieces=(Piece(name, shape, blocks, runs, 0, num_blocks),),
+        num_blocks=num_blocks,
+        axes=tuple(axes[dim] for dim in cut),
+        spread=tuple(axes.values()),
+        local=_local,
+        as_state=as_state,
+    )
+
+
+def copy_into(ours: Tensor, saved: Any) -> None:
+    """Copy a saved value, whole or sharded in any way, into a live tensor of the same global shape.
+
+    Args:
+        ours: plain or DTensor; keeps its dtype and sharding.
+        saved: number, plain tensor (the whole of it) or DTensor.
+    """
+    saved = torch.as_tensor(saved)
+    if isinstance(ours, DTensor):
+        if not isinstance(saved, DTensor):
+            device = ours.to_local().device
+            saved = distribute_tensor(
+                saved.to(device), ours.device_mesh, ours.placements, src_data_rank=None
+            )
+        elif saved.placements != ours.placements:
+            saved = saved.redistribute(ours.device_mesh, ours.placements)
+        ours.to_local().copy_(saved.to_local())
+    else:
+        ours.copy_(saved.full_tensor() if isinstance(saved, DTensor) else saved)
+
+
+def cut_mesh_dims(
+    line: Sequence[int],
+    mesh_shape: Sequence[int],
+    placements: Sequence[Placement],
+    blocks: Blocks,
+) -> tuple[int, ...]:
+    """Mesh dims over which the parameter's block sums must be added up.
+
+    Args:
+        line: the parameter's shape in line order.
+        mesh_shape: ranks per mesh dim.
+        placements: per mesh dim, tensor dims in line order.
+        blocks: how the line is cut.
+    """
+    vector = vector_shape(line, _as_stored(blocks))
+    by_dims = tuple(line[: len(vector)]) == vector  # blocks are what remains of the leading dims
+    sharding = [
+        (mesh_dim, placement.dim)
+        for mesh_dim, placement in enumerate(placements)
+        if isinstance(placement, Shard) and mesh_shape[mesh_dim] > 1
+    ]
+    if by_dims:
+        return tuple(mesh_dim for mesh_dim, dim in sharding if dim >= len(vector))
+
+    on_rows = [mesh_dim for mesh_dim, dim in sharding if dim == 0]
+    row_numel = math.prod(line[1:])
+    aligned = row_numel > 0 and blocks.block_numel % row_numel == 0
+    rows_per_block = blocks.block_numel // row_numel if aligned else 1
+    rows = line[0]
+    # Tensor parallel splits first although it stands last in the mesh: FSDP then marks its own
+    # placement as strided. Without that mark the left mesh dim splits first.
+    strided = bool(on_rows) and type(placements[on_rows[0]]) is not Shard
+    for mesh_dim in reversed(on_rows) if strided else on_rows:
+        rows = -(-rows // mesh_shape[mesh_dim])
+        aligned = aligned and rows % rows_per_block == 0
+    return tuple(mesh_dim for mesh_dim, dim in sharding if dim > 0 or not aligned)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_stored(blocks: Blocks) -> Blocks:
+    return Blocks(blocks.kind, blocks.block_numel)
+
+
+def _in_line_order(
+    name: str, placements: Sequence[Placement], blocks: Blocks
+) -> tuple[Placement, ...]:
+    """The placements of the parameter with its dims permuted to line order."""
+    for placement in placements:
+        if not placement.is_replicate() and not isinstance(placement, Shard):
+            raise ValueError(
+                f"{name or 'a parameter'}: AMSF understands Shard and Replicate placements, not "
+                f"{placement}; redistribute the parameter before building the optimizer"
+            )
+    if blocks.order is None:
+        return tuple(placements)
+    return tuple(
+        Shard(blocks.order.index(p.dim)) if isinstance(p, Shard) else p for p in placements
+    )
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -1,0 +1,33 @@
+"""Numbers kept as they are, rounded to nearest in the given dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Plain"]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One tensor of one floating dtype: fp32, bf16, fp16 or fp64."""
+
+    dtype: torch.dtype
+
+    def keys(self, line: str) -> tuple[str, ...]:
+        """One entry."""
+        return (line,)
+
+    def allocate(self, line: str, like: Tensor) -> dict[str, Tensor]:
+        """One tensor of zeros, laid out as `like`."""
+        return {line: torch.zeros_like(like, dtype=self.dtype, requires_grad=False)}
+
+    def load(self, tensors: tuple[Tensor, ...], span: slice, dtype: torch.dtype) -> Tensor:
+        """The span in `dtype`; the memory itself, not a copy, where it is of that dtype."""
+        return tensors[0][span].to(dtype)
+
+    def store(self, tensors: tuple[Tensor, ...], span: slice, values: Tensor) -> None:
+        """Round to nearest and write."""
+        tensors[0][span].copy_(values)
