@@ -18,6 +18,7 @@ __all__ = ["KINDS", "Blocks", "canonical_name", "check", "resolve", "unmatched_p
 # last, so that a stack of matrices gives one row of one matrix.
 _OUTPUTS_FIRST = ("linear", "value", "query_key", "fused_qkv", "convolution")
 _PASS_NAMES = "pass model.named_parameters() or the model instead of model.parameters()"
+_NO_NAME = f"not recognised: no name; {_PASS_NAMES}"
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,24 @@ def resolve(
         kind = rule.get("kind", "auto")
         head_dim = rule.get("head_dim", head_dim)
     if facts is None:
+        if kind == "adam_mini" and name is None and len(shape) >= 2:
+            raise ValueError(
+                f"blocks='adam_mini' goes by parameter names and a parameter of shape {shape} has "
+                f"none; {_PASS_NAMES}"
+            )
         facts = _facts_from_name(name, shape)
     return _by_kind(str(kind), _Parameter(name, shape, facts, head_dim))
 
 
 def _facts_from_name(name: str | None, shape: tuple[int, ...]) -> Facts:
-    if name is None:
-        return Facts("other", note=f"not recognised: no name; {_PASS_NAMES}")
-    role = role_of(name, len(shape))
-    if may_be_transposed(name, shape):
+    role = role_of(name or "", len(shape))
+    if may_be_transposed(name or "", shape):
         note = "stored [out, in] or [in, out] (GPT-2's Conv1D)? pass the model; taken as [out, in]"
         return Facts("linear", note=note)
     if role == "experts":
         note = "stored [.., out, in] or [.., in, out]? pass the model; taken as [.., out, in]"
         return Facts(role, note=note)
-    if role == "convolution" and shape[0] == 1 and "conv" not in name.lower():
+    if role == "convolution" and shape[0] == 1 and "conv" not in (name or "").lower():
         return Facts("other")  # a convolution of one channel would be one block per tensor
     return Facts(role)
 
@@ -142,10 +146,6 @@ def _by_role(kind: str, param: _Parameter) -> Blocks:
     """Adam-mini's partition, and `"auto"`, which differs in vectors and in what it forgives."""
     role, note, ndim = param.facts.role, param.facts.note, len(param.shape)
     adam_mini = kind == "adam_mini"
-    if adam_mini and param.name is None and role == "other" and ndim >= 2:
-        raise ValueError(
-            f"blocks='adam_mini' goes by parameter names and {param} has none; {_PASS_NAMES}"
-        )
     if role == "bias" or (not adam_mini and (role == "norm" or ndim < 2)):
         return Blocks("element", 1)
     if role == "norm":
@@ -153,13 +153,14 @@ def _by_role(kind: str, param: _Parameter) -> Blocks:
     if ndim < 2:
         # Without a name a bias cannot be told from a norm, and single elements suit both.
         if param.name is None:
-            return Blocks("element", 1, note=note)
+            return Blocks("element", 1, note=_NO_NAME)
         return replace(_tensor(param), note="not recognised: one block, as in Adam-mini")
     if role in HEAD_ROLES:
         return _head(param, strict="blocks='adam_mini'" if adam_mini else "")
     blocks = _row(param)
     if role == "other" and not note:
-        note = "not recognised: neither module nor name says what it is; one row per block"
+        said = "neither module nor name says what it is; one row per block"
+        note = _NO_NAME if param.name is None else f"not recognised: {said}"
     return replace(blocks, note=note)
 
 

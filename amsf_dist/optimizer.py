@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from amsf_dist import audit, groups, kernels, loading, plan, state
 from amsf_dist import blocks as block_rules
-from amsf_dist import audit, kernels, plan, state
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.blocks import Blocks, canonical_name
 from amsf_dist.hyper import Hyper
@@ -22,9 +21,6 @@ from amsf_dist.hyper import Hyper
 __all__ = ["AMSF"]
 
 logger = logging.getLogger(__name__)
-
-# Fixed when a group is made: they decide what the state looks like, so loading does not change them.
-_STRUCTURE = ("averaging", "blocks", "head_dim", "weight_storage", "state_storage", "seed")
 
 
 class AMSF(Optimizer):
@@ -108,18 +104,15 @@ class AMSF(Optimizer):
         )
         block_rules.check(blocks)
         self._facts: dict[str, Facts] = {}
-        self._names: list[list[str]] = []
         self._blocks: list[list[Blocks]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
         if isinstance(params, nn.Module):
             self._facts = read_architecture(params)
-            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+            params = groups.trainable(params)
         super().__init__(params, {**asdict(hyper), "train_mode": True})
         self._warn_unmatched()
         self._ready()
-
-    # Groups and state ---------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; it starts its own count of steps.
@@ -130,57 +123,36 @@ class AMSF(Optimizer):
         Raises:
             TypeError, ValueError: as the constructor; nothing is added then.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict, got {type(param_group).__name__}")
         options = {key: param_group.get(key, value) for key, value in self.defaults.items()}
         options.pop("train_mode")
         hyper = Hyper.of(options)
         block_rules.check(hyper.blocks)
         training = all(group["train_mode"] for group in getattr(self, "param_groups", ()))
-        params = _without_duplicates(param_group["params"])
+        params = groups.without_duplicates(param_group["params"])
         super().add_param_group(
             {**param_group, **hyper.as_group(), "params": params, "train_mode": training}
         )
         try:
-            self._describe(self.param_groups[-1])
+            self._blocks.append(groups.cut_lines(self.param_groups[-1], self._facts))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         if self._plan is not None:  # the constructor makes the plan when all groups are there
             self._ready()
 
-    def _describe(self, group: dict[str, Any]) -> None:
-        """Name the group's parameters and cut their lines in blocks."""
-        params = group["params"]
-        names = [canonical_name(name) for name in group.get("param_names", [""] * len(params))]
-        for name, param in zip(names, params, strict=True):
-            if param.dtype.is_complex:
-                raise TypeError(f"{name or 'a parameter'}: complex parameters are not supported")
-        rules = [
-            block_rules.resolve(
-                group["blocks"],
-                name or None,
-                tuple(param.shape),
-                facts=self._facts.get(name),
-                head_dim=group["head_dim"],
-            )
-            for name, param in zip(names, params, strict=True)
-        ]
-        self._names.append(names)
-        self._blocks.append(rules)
-
     def _ready(self) -> plan.Plan:
         """The plan, made anew when the parameters have changed under it."""
         if not plan.is_current(self._plan, self.param_groups, self.state):
-            self._plan = plan.build(self.param_groups, self.state, self._names, self._blocks)
+            self._plan = plan.build(self.param_groups, self.state, self._blocks)
         assert self._plan is not None
         return self._plan
 
     def _warn_unmatched(self) -> None:
-        for pattern in block_rules.unmatched_patterns(
-            self.defaults["blocks"], [name for names in self._names for name in names]
-        ):
+        names = [name for group in self.param_groups for name in groups.names_of(group)]
+        for pattern in block_rules.unmatched_patterns(self.defaults["blocks"], names):
             logger.warning("blocks: pattern %r matches no parameter's name", pattern)
-
-    # The step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -215,29 +187,24 @@ class AMSF(Optimizer):
         sums.clear()
         for lane in current.lanes:  # measure what this rank can see
             for holding in lane.holdings:
-                if (grad := holding.param.grad) is not None:
-                    kernels.sum_of_squares(holding, grad)
+                if holding.param.grad is not None:
+                    kernels.sum_of_squares(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._count_skipped(finite)
         for lane in current.lanes:  # move
             self._move(lane, finite[lane.device], sums.everyone_knows)
 
     def _move(self, lane: plan.Lane, finite: Tensor, everyone_knows: bool) -> None:
-        stepping = [holding for holding in lane.holdings if holding.param.grad is not None]
-        on_host = lane.device.type == "cpu"
+        stepping = [h for h in lane.holdings if h.param.grad is not None]
+        on_host = plan.on_host(lane.device)
         if not stepping or (on_host and everyone_knows and not finite):
             return
         # Where the host can read the verdict for nothing, a finite step needs no masks.
         verdict = None if on_host and finite else finite
         coefficients = lane.advance(stepping, finite if everyone_knows else None)
+        by_block = verdict is not None and not everyone_knows
         for holding in stepping:
-            kernels.move_(
-                holding,
-                holding.param.grad,
-                coefficients[holding.index],
-                verdict,
-                by_block=verdict is not None and not everyone_knows,
-            )
+            kernels.move_(holding, coefficients[holding.index], verdict, by_block)
 
     def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
         for verdict in list(finite.values())[:1]:  # the same on every device
@@ -250,8 +217,8 @@ class AMSF(Optimizer):
 
     def _refuse_unusable_gradients(self) -> None:
         """Raise before anything has changed."""
-        for names, group in zip(self._names, self.param_groups, strict=True):
-            for name, param in zip(names, group["params"], strict=True):
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
                 if param.grad is None:
                     continue
                 if not group["train_mode"]:
@@ -261,11 +228,9 @@ class AMSF(Optimizer):
                     )
                 if param.grad.layout is not torch.strided:
                     raise RuntimeError(
-                        f"{name or 'a parameter'}: sparse gradients are not supported; build the "
-                        "embedding with sparse=False"
+                        f"{groups.names_of(group)[index] or 'a parameter'}: sparse gradients are "
+                        "not supported; build the embedding with sparse=False"
                     )
-
-    # Training and evaluation weights ------------------------------------------------------------
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -331,17 +296,13 @@ class AMSF(Optimizer):
             for name, value in model.state_dict().items()
         }
 
-    # Reports ------------------------------------------------------------------------------------
-
     def memory(self) -> dict[str, int]:
-        """Bytes on this rank by owner: "weights", "error_bits", "gap" or "exp_avg", "v", "total"."""
+        """Bytes on this rank: "weights", "error_bits", "gap" or "exp_avg", "v", "total"."""
         return audit.memory(self._ready().holdings, self.state)
 
     def explain(self) -> audit.Explanation:
         """How every parameter is cut in blocks, and what that costs here; `print` it."""
         return audit.explain_holdings(self._ready().holdings)
-
-    # Checkpoints --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -358,34 +319,15 @@ class AMSF(Optimizer):
                 changed then.
         """
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-        found = state.match(self.param_groups, saved_groups)
-        holdings = self._ready().holdings
-        for holding in holdings:
-            if found[id(holding.param)] in saved_state:
-                saved = saved_state[found[id(holding.param)]]
-                state.check(holding.name or "a parameter", self.state[holding.param], saved)
-        options = [
-            _options_of(number, *pair)
-            for number, pair in enumerate(zip(self.param_groups, saved_groups, strict=True))
-        ]
-
-        for holding in holdings:
-            saved = saved_state.get(found[id(holding.param)])
-            if saved is None:
-                logger.warning("%s: no saved state, it starts anew", holding.name or "a parameter")
-            else:
-                state.load(self.state[holding.param], saved, holding.param.detach())
-        for group, changes in zip(self.param_groups, options, strict=True):
-            group.update(copy.deepcopy(changes))
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        loading.load(self.param_groups, self.state, self._ready().holdings, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: torch's part, and what no state dict can tell."""
-        kept = ("_facts", "_names", "_blocks")
+        kept = ("_facts", "_blocks")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -393,27 +335,3 @@ class AMSF(Optimizer):
         self._plan = None
         self._skipped = 0
         super().__setstate__(state)
-
-
-def _options_of(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a saved group may change in ours, checked."""
-    if saved.get("averaging", group["averaging"]) != group["averaging"]:
-        raise ValueError(
-            f"parameter group {number} was saved with averaging={saved['averaging']!r}, this "
-            f"optimizer has {group['averaging']!r}; build it with the saved one"
-        )
-    fixed = ("params", "param_names", *_STRUCTURE)
-    changes = {key: value for key, value in saved.items() if key not in fixed}
-    known = {key: value for key, value in changes.items() if key in group and key != "train_mode"}
-    Hyper.of({key: value for key, value in known.items() if key in Hyper.__dataclass_fields__})
-    return {"train_mode": True, **changes}
-
-
-def _without_duplicates(params: Any) -> Any:
-    """Tied weights may come once under every name; they are one parameter."""
-    if isinstance(params, Tensor) or isinstance(params, (set, frozenset)):
-        return params  # torch takes the one and refuses the other
-    seen: dict[int, Any] = {}
-    for item in params:
-        seen.setdefault(id(item[1] if isinstance(item, tuple) else item), item)
-    return list(seen.values())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from amsf_dist import state as states
 from amsf_dist.blocks import Blocks
+from amsf_dist.groups import names_of
 from amsf_dist.kernels import Holding
 from amsf_dist.kernels.holding import Line
 from amsf_dist.reduce import BlockSums
@@ -24,7 +25,7 @@ from amsf_dist.rules.protocol import Coefficients, Scalar
 from amsf_dist.shards import copy_into, locate
 from amsf_dist.storage import state_storage, weight_storage
 
-__all__ = ["Lane", "Plan", "build", "is_current"]
+__all__ = ["Lane", "Plan", "build", "is_current", "on_host"]
 
 _State = dict[Tensor, dict[str, Any]]
 
@@ -62,10 +63,15 @@ class Lane:
         return [type(columns)(*row) for row in rows]
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether the host can read a tensor of this device without waiting for anything."""
+    return device.type == "cpu"
+
+
 def _per_parameter(column: Tensor | float, count: int) -> Sequence[Scalar]:
     if not isinstance(column, Tensor):
         return [column] * count
-    return column.tolist() if column.device.type == "cpu" else column.unbind()
+    return column.tolist() if on_host(column.device) else column.unbind()
 
 
 @dataclass
@@ -96,7 +102,6 @@ def is_current(plan: Plan | None, groups: Sequence[dict[str, Any]], state: _Stat
 def build(
     groups: Sequence[dict[str, Any]],
     state: _State,
-    names: Sequence[Sequence[str]],
     blocks: Sequence[Sequence[Blocks]],
 ) -> Plan:
     """Locate every parameter and create the state that is missing.
@@ -105,18 +110,17 @@ def build(
         groups: parameter groups.
         state: the optimizer's; completed in place. State of parameters that are in no group any
             more is dropped if nothing was trained yet.
-        names: canonical names, aligned with the groups' params.
-        blocks: how each parameter's line is cut, aligned likewise.
+        blocks: how each parameter's line is cut, aligned with the groups' params.
 
     Raises:
         RuntimeError: trained parameters were replaced by others.
     """
     _drop_replaced(groups, state)
     lanes: list[Lane] = []
-    for group, group_names, group_blocks in zip(groups, names, blocks, strict=True):
+    for group, group_blocks in zip(groups, blocks, strict=True):
         rule = RULES[group["averaging"]]
         on_device: dict[torch.device, list[Holding]] = {}
-        for param, name, cut in zip(group["params"], group_names, group_blocks, strict=True):
+        for param, name, cut in zip(group["params"], names_of(group), group_blocks, strict=True):
             # Frozen parameters cost nothing until they are unfrozen, which makes a new plan.
             if param.requires_grad or state.get(param):
                 holding = _hold(group, rule, param, name, cut, state)
@@ -174,8 +178,8 @@ def _drop_replaced(groups: Sequence[dict[str, Any]], state: _State) -> None:
     for param in [param for param in state if param not in present]:
         if float(state[param].get("step", 0.0)) > 0.0:
             raise RuntimeError(
-                f"a trained parameter of shape {tuple(param.shape)} is no longer in the optimizer's "
-                "groups: the model was wrapped, or loaded with assign=True, after training began; "
-                "save the optimizer, build it anew after wrapping, and load its state"
+                f"a trained parameter of shape {tuple(param.shape)} is no longer in the groups: "
+                "the model was wrapped, or loaded with assign=True, after training began; save the "
+                "optimizer, build it anew after wrapping, and load its state"
             )
         del state[param]

@@ -71,9 +71,8 @@ class BlockSums:
             ours = _sum_on(device, doubt).to(dtype).view(1)
             payload = torch.cat([*(h.sums.to(device, dtype) for h in cut), ours])
             dist.all_reduce(payload, group=axis.group)
-            for holding, total in zip(
-                cut, payload[:-1].split([h.num_sums for h in cut]), strict=True
-            ):
+            totals = torch.split(payload[:-1], [h.num_sums for h in cut])
+            for holding, total in zip(cut, totals, strict=True):
                 holding.sums.copy_(total)
             doubt = [d.copy_(payload[-1]) for d in doubt]
         return {d.device: _sum_on(d.device, doubt).isfinite() for d in doubt}
@@ -93,7 +92,7 @@ def _buffers(holdings: Sequence[Holding]) -> list[Tensor]:
     for (device, dtype), members in alike.items():
         sizes = [holding.num_sums for holding in members]
         buffer = torch.zeros(sum(sizes), device=device, dtype=dtype)
-        for holding, sums in zip(members, buffer.split(sizes), strict=True):
+        for holding, sums in zip(members, torch.split(buffer, sizes), strict=True):
             holding.sums = sums
         buffers.append(buffer)
     return buffers

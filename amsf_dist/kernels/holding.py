@@ -66,6 +66,13 @@ class Holding:
         """Length of `sums`."""
         return 1 if self.elementwise else self.layout.num_blocks
 
+    @property
+    def gradient(self) -> Tensor:
+        """This rank's memory of the gradient."""
+        grad = self.param.grad
+        assert grad is not None
+        return self.memory(grad)
+
     def memory(self, tensor: Tensor) -> Tensor:
         """This rank's memory of a tensor shaped and sharded as the parameter."""
         return self.layout.local(tensor.detach())

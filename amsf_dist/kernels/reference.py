@@ -20,20 +20,19 @@ from amsf_dist.shards.runs import Section
 
 __all__ = ["average_", "move_", "sum_of_squares"]
 
-# Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache; on
-# a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
+# Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache;
+# on a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
 _TILE_NUMEL = {"cpu": 64 * 1024}
 _TILE_NUMEL_DEVICE = 16 * 1024 * 1024
 
 
-def sum_of_squares(holding: Holding, grad: Tensor) -> None:
+def sum_of_squares(holding: Holding) -> None:
     """Add grad**2 of every block this rank sees to `holding.sums` (docs/algorithm.md (2)).
 
     Args:
-        holding: whose gradient it is.
-        grad: as the optimizer sees it, any floating dtype; squared and added in the compute dtype.
+        holding: has a gradient, of any floating dtype; squared and added in the compute dtype.
     """
-    memory = holding.memory(grad)
+    memory = holding.gradient
     for piece in holding.layout.pieces:
         line = _line(memory, piece)
         for tile in _tiles(piece, memory.device):
@@ -45,20 +44,17 @@ def sum_of_squares(holding: Holding, grad: Tensor) -> None:
                 holding.sums[blocks] += part.view(tile.num_blocks, -1).square().sum(1)
 
 
-def move_(
-    holding: Holding, grad: Tensor, c: Coefficients, finite: Tensor | None, by_block: bool
-) -> None:
+def move_(holding: Holding, c: Coefficients, finite: Tensor | None, by_block: bool) -> None:
     """Update second moments, weights and lines in place.
 
     Args:
-        holding: what moves; its `sums` hold the agreed block sums.
-        grad: as the optimizer sees it.
+        holding: has a gradient; its `sums` hold the agreed block sums.
         c: the rule's scalars for this parameter.
         finite: 0-dim bool on the weights' device: where False nothing changes. None when the host
             knows that all is finite, which saves the comparison.
         by_block: decide block by block instead, from the block's own sum.
     """
-    memory, gradient = holding.memory(holding.param), holding.memory(grad)
+    memory, gradient = holding.memory(holding.param), holding.gradient
     for piece in holding.layout.pieces:
         # also where none of the piece's numbers lie here: its moments may be kept by all its ranks
         scaled = None if holding.elementwise else _scale_(holding, piece, c, finite, by_block)

@@ -85,11 +85,13 @@ class ScheduleFree:
 
     def to_x(self, weight: Tensor, lines: tuple[Tensor, ...], group: Mapping[str, Any]) -> Tensor:
         """docs/algorithm.md (9): x = y + (1 - beta1) e."""
-        return weight + (1.0 - group["betas"][0]) * lines[0]
+        beta1: float = group["betas"][0]
+        return weight + (1.0 - beta1) * lines[0]
 
     def to_y(self, weight: Tensor, lines: tuple[Tensor, ...], group: Mapping[str, Any]) -> Tensor:
         """docs/algorithm.md (9), read backwards."""
-        return weight - (1.0 - group["betas"][0]) * lines[0]
+        beta1: float = group["betas"][0]
+        return weight - (1.0 - beta1) * lines[0]
 
 
 RULE = ScheduleFree()

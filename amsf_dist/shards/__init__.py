@@ -1,4 +1,4 @@
-"""Where the numbers lie: one producer of pieces per sharding system, chosen here and nowhere else."""
+"""Where the numbers lie: one producer of pieces per sharding system, chosen only here."""
 
 from __future__ import annotations
 

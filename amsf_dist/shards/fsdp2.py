@@ -54,7 +54,7 @@ def fsdp2(name: str, param: DTensor, blocks: Blocks) -> Layout:
             mesh,
             vector_placements,
             run_check=False,
-            shape=vector,
+            shape=torch.Size(vector),
             stride=_contiguous_stride(vector),
         )
 

@@ -1,4 +1,4 @@
-"""Where one optimizer-visible tensor's numbers lie on this rank, and with whom blocks are shared."""
+"""Where one visible tensor's numbers lie on this rank, and with whom its blocks are shared."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""The shape in which a parameter's block vector stands in the state: the same for every sharding."""
+"""The shape of a parameter's block vector in the state: the same for every sharding."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from amsf_dist.blocks import Blocks
 
 __all__ = ["line_shape", "vector_shape"]
 
 
-def line_shape(shape: tuple[int, ...], blocks: Blocks) -> tuple[int, ...]:
+def line_shape(shape: Sequence[int], blocks: Blocks) -> tuple[int, ...]:
     """The parameter's shape in line order (dims permuted where its weight lies transposed)."""
-    return shape if blocks.order is None else tuple(shape[dim] for dim in blocks.order)
+    return tuple(shape if blocks.order is None else (shape[dim] for dim in blocks.order))
 
 
-def vector_shape(shape: tuple[int, ...], blocks: Blocks) -> tuple[int, ...]:
+def vector_shape(shape: Sequence[int], blocks: Blocks) -> tuple[int, ...]:
     """Shape of the vector of block moments.
 
     The parameter's leading dims where a block is what remains of them (a row of a matrix, a row of

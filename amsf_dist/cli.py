@@ -1,0 +1,136 @@
+"""The command line, `amsf`: train, explain, memory, export, plot."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from amsf_dist.train.config_file import load_config
+from amsf_dist.train.errors import UserError, one_line
+
+__all__ = ["app", "main"]
+
+# The commands import what they need: `amsf --help` and a mistake in a config should not wait for torch.
+app = typer.Typer(
+    name="amsf",
+    help="Train with AMSF: block-wise, Schedule-Free, the same update under every sharding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Change keys: steps=100 amsf.lr=3e-3", show_default=False
+    ),
+]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train, evaluate, save, and export a model; run again to continue."""
+    words = [config, *(overrides or [])]
+    loaded = load_config(config, overrides or [])
+    from amsf_dist.train.job import work
+    from amsf_dist.train.launch import is_worker, launch
+    from amsf_dist.train.parallel import choose_device
+    from amsf_dist.train.preflight import local_processes, preflight, quiet_libraries
+
+    command = " ".join(["amsf train", *words])
+    if is_worker():
+        work(loaded, command)
+        return
+    number = local_processes(loaded)
+    if number == 1:
+        work(loaded, command)
+        return
+    quiet_libraries()
+    preflight(loaded, number)
+    raise typer.Exit(launch(["train", *words], number, choose_device(loaded, number)))
+
+
+@app.command()
+def explain(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print how every parameter of the config's model is cut in blocks; no weights are made."""
+    loaded = load_config(config, overrides or [])
+    from amsf_dist import explain as explain_blocks
+    from amsf_dist.train.model import build_model, model_config
+    from amsf_dist.train.optimizers import check_amsf
+    from amsf_dist.train.preflight import quiet_libraries
+    from amsf_dist.train.tokens import load_tokenizer
+
+    quiet_libraries()
+    check_amsf(loaded.amsf)
+    model = build_model(loaded, model_config(loaded, load_tokenizer(loaded)), "meta")
+    try:
+        typer.echo(str(explain_blocks(model, **loaded.amsf)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"amsf: {error}") from None
+
+
+@app.command()
+def memory(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the bytes that each process will hold, by owner: AMSF beside AdamW in fp32."""
+    loaded = load_config(config, overrides or [])
+    from amsf_dist.train.memory import memory_table
+    from amsf_dist.train.preflight import local_processes, quiet_libraries
+
+    quiet_libraries()
+    number = int(os.environ.get("WORLD_SIZE", 0)) or local_processes(loaded)
+    typer.echo(memory_table(loaded, number))
+
+
+@app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="output_dir, or one step_*.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
+) -> None:
+    """Write a checkpoint as a safetensors directory that transformers loads, at the average x."""
+    from amsf_dist.train.export import export_checkpoint
+    from amsf_dist.train.preflight import quiet_libraries
+
+    quiet_libraries()
+    step = export_checkpoint(Path(source), Path(out))
+    typer.echo(f"wrote {out}: the weights to evaluate after step {step}")
+
+
+@app.command()
+def plot(run: Annotated[str, typer.Argument(metavar="RUN", help="output_dir of a run.")]) -> None:
+    """Draw loss.png and memory.png again from metrics.jsonl."""
+    from amsf_dist.train.charts import draw
+
+    for path in draw(Path(run)):
+        typer.echo(f"wrote {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
+    try:
+        result = app(
+            args=arguments if arguments is None else list(arguments), standalone_mode=False
+        )
+        code = result if isinstance(result, int) else 0
+    except UserError as error:
+        # Where all processes fail alike, one speaks.
+        if os.environ.get("RANK", "0") == "0" or not error.on_every_process:
+            sys.stderr.write(f"amsf: {error}\n")
+        code = 2
+    except click.ClickException as error:
+        sys.stderr.write(f"amsf: {one_line(error.format_message())}; see amsf --help\n")
+        code = 2
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("amsf: stopped\n")
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,64 @@
+"""Parameter groups: what a user passes, the names in it, and how each line is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from amsf_dist import blocks as block_rules
+from amsf_dist.architecture import Facts
+from amsf_dist.blocks import Blocks, canonical_name
+
+__all__ = ["cut_lines", "names_of", "trainable", "without_duplicates"]
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters of a module, frozen ones left out: they would cost nothing, and say so."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """Canonical names of a group's parameters; "" where the user gave none."""
+    given: Sequence[str] = group.get("param_names") or [""] * len(group["params"])
+    return [canonical_name(name) for name in given]
+
+
+def cut_lines(group: Mapping[str, Any], facts: Mapping[str, Facts]) -> list[Blocks]:
+    """How every parameter of a group is cut in blocks.
+
+    Args:
+        group: a checked parameter group of torch's making.
+        facts: what the module says, by canonical name; empty when no module was given.
+
+    Raises:
+        TypeError: a parameter is complex.
+        ValueError: its blocks cannot be decided; the message has the cure.
+    """
+    cut = []
+    for name, param in zip(names_of(group), group["params"], strict=True):
+        if param.dtype.is_complex:
+            raise TypeError(
+                f"{name or 'a parameter'} is complex; train torch.view_as_real of it instead"
+            )
+        cut.append(
+            block_rules.resolve(
+                group["blocks"],
+                name or None,
+                tuple(param.shape),
+                facts=facts.get(name),
+                head_dim=group["head_dim"],
+            )
+        )
+    return cut
+
+
+def without_duplicates(params: Any) -> Any:
+    """Tied weights may come once under every name; they are one parameter."""
+    if isinstance(params, (Tensor, set, frozenset)) or not isinstance(params, Iterable):
+        return params  # torch takes the first and has messages for the others
+    seen: dict[int, Any] = {}
+    for item in params:
+        seen.setdefault(id(item[1] if isinstance(item, tuple) else item), item)
+    return list(seen.values())
