@@ -23,10 +23,8 @@ HEAD_ROLES = ("query_key", "fused_qkv")
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 
 # Parts that say where a weight is stored, not what it does; the part before them is the stem.
-# "parametrizations.weight.original0" is torch's weight norm, "base_layer" is PEFT's.
-_STORAGE_PARTS = frozenset(
-    "weight weight_g weight_v parametrizations original original0 original1 base_layer".split()
-)
+# "base_layer" is PEFT's.
+_STORAGE_PARTS = frozenset("weight weight_g weight_v base_layer".split())
 
 # Every word below is compared with a whole path part. Adam-mini looks for substrings, which takes
 # Phi-3's qkv_proj for v_proj, "monkey" for a key and mlp.norm for a matrix.
@@ -91,7 +89,7 @@ def role_of(name: str, ndim: int, *, in_attention: bool = False) -> str:
     Returns:
         One of `ROLES`; `"other"` when nothing fits.
     """
-    parts = name.lower().split(".")
+    parts = _parts(name)
     stem = _stem(parts)
     if _BIAS.search(parts[-1]) or _BIAS_STEM.search(stem):
         return "bias"
@@ -132,7 +130,7 @@ def role_of(name: str, ndim: int, *, in_attention: bool = False) -> str:
 
 def is_key(name: str) -> bool:
     """Whether a canonical name of role `"query_key"` is the key (grouped attention has fewer)."""
-    return _stem(name.lower().split(".")) in _KEYS
+    return _stem(_parts(name)) in _KEYS
 
 
 def may_be_transposed(name: str, shape: tuple[int, ...]) -> bool:
@@ -142,11 +140,20 @@ def may_be_transposed(name: str, shape: tuple[int, ...]) -> bool:
         name: canonical parameter name.
         shape: global shape of the parameter.
     """
-    stem = _stem(name.lower().split("."))
+    stem = _stem(_parts(name))
     if len(shape) != 2 or stem not in _CONV1D:
         return False
     # These two have more outputs than inputs, so a tall matrix is nn.Linear's [out, in].
     return not (stem in ("c_attn", "c_fc") and shape[0] > shape[1])
+
+
+def _parts(name: str) -> list[str]:
+    """Lower-case path parts; a parametrized weight has those of the weight it stands for."""
+    parts = name.lower().split(".")
+    if "parametrizations" in parts[:-2]:  # <owner>.parametrizations.weight.original
+        index = parts.index("parametrizations")
+        parts = [*parts[:index], parts[index + 1]]
+    return parts
 
 
 def _stem(parts: list[str]) -> str:
