@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import read_architecture
-from amsf_dist.blocks import canonical_name
+from amsf_dist.groups import cut_lines, trainable
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
 from amsf_dist.rules import RULES
-from amsf_dist.shards import Layout, locate
+from amsf_dist.shards import Layout, flats_of, locate
 from amsf_dist.state import STASH
 from amsf_dist.storage import state_storage
 
@@ -101,43 +101,33 @@ def explain(model: nn.Module, **amsf_kwargs: Any) -> Explanation:
         TypeError, ValueError: as `AMSF` does.
     """
     hyper = Hyper.of(amsf_kwargs)
+    named = trainable(model)
+    group = {
+        **hyper.as_group(),
+        "params": [param for _, param in named],
+        "param_names": [name for name, _ in named],
+    }
     block_rules.check(hyper.blocks)
-    facts = read_architecture(model)
-    rows = []
-    for full_name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        name = canonical_name(full_name)
-        cut = block_rules.resolve(
-            hyper.blocks,
-            name,
-            tuple(param.shape),
-            facts=facts.get(name),
-            head_dim=hyper.head_dim,
-        )
-        layout = locate(name, param, cut)
-        line = state_storage(hyper.state_storage, param.dtype)
-        lines = len(RULES[hyper.averaging].lines)
-        line_bytes = lines * _local_bytes(
-            line.allocate("line", param.detach().to("meta")).values(), layout
-        )
-        rows.append(_row(name, param, layout, line_bytes))
+    flats = flats_of(model)
+    storage, lines = hyper.state_storage, RULES[hyper.averaging].lines
+    rows: list[Row] = []
+    for (_, param), parts in zip(
+        named, cut_lines(group, read_architecture(model), flats), strict=True
+    ):
+        on_paper = torch.empty(1, dtype=param.dtype, device="meta")
+        entries = state_storage(storage, param.dtype).allocate("line", on_paper).values()
+        rows += _rows(locate(parts, param, flats), param, len(lines) * sum(map(_bytes, entries)))
     return Explanation(tuple(rows))
 
 
 def explain_holdings(holdings: Sequence[Holding]) -> Explanation:
     """The table of a built optimizer."""
-    return Explanation(
-        tuple(
-            _row(
-                holding.name,
-                holding.param,
-                holding.layout,
-                sum(_bytes(tensor) for line in holding.lines for tensor in line.tensors),
-            )
-            for holding in holdings
-        )
-    )
+    rows: list[Row] = []
+    for holding in holdings:
+        tensors = [tensor for line in holding.lines for tensor in line.tensors]
+        numel = max(1, holding.memory(holding.param).numel())
+        rows += _rows(holding.layout, holding.param, sum(map(_bytes, tensors)) / numel)
+    return Explanation(tuple(rows))
 
 
 def memory(
@@ -162,23 +152,19 @@ def memory(
     return owners
 
 
-def _row(name: str, param: Tensor, layout: Layout, line_bytes: int) -> Row:
-    shape = tuple(param.shape)
-    moment_bytes = torch.promote_types(param.dtype, torch.float32).itemsize * layout.num_blocks
-    (blocks,) = {piece.blocks for piece in layout.pieces}
-    return Row(
-        name=name,
-        shape=shape,
-        kind=blocks.kind,
-        blocks=blocks.num_blocks(shape),
-        cut_blocks=layout.num_blocks if layout.axes else 0,
-        state_bytes=line_bytes + moment_bytes,
-        note=blocks.note,
-    )
-
-
-def _local_bytes(tensors: Iterable[Tensor], layout: Layout) -> int:
-    return sum(_bytes(layout.local(tensor)) for tensor in tensors)
+def _rows(layout: Layout, param: Tensor, bytes_per_element: float) -> Iterator[Row]:
+    moment_bytes = torch.promote_types(param.dtype, torch.float32).itemsize
+    for piece in layout.pieces:
+        part = piece.part
+        yield Row(
+            name=part.name,
+            shape=part.shape,
+            kind=part.blocks.kind,
+            blocks=part.num_blocks,
+            cut_blocks=piece.cut_blocks,
+            state_bytes=round(piece.numel * bytes_per_element) + piece.num_blocks * moment_bytes,
+            note=part.blocks.note,
+        )
 
 
 def _bytes(tensor: Tensor) -> int:

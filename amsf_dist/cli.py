@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from amsf_dist.train.config_file import load_config
@@ -16,7 +15,10 @@ from amsf_dist.train.errors import UserError, one_line
 
 __all__ = ["app", "main"]
 
-# The commands import what they need: `amsf --help` and a mistake in a config should not wait for torch.
+# What typer raises for a wrong command line; newer versions carry their own copy of click.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+# The commands import what they need, so that `amsf --help` does not wait for transformers.
 app = typer.Typer(
     name="amsf",
     help="Train with AMSF: block-wise, Schedule-Free, the same update under every sharding.",
@@ -121,16 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         code = result if isinstance(result, int) else 0
     except UserError as error:
-        # Where all processes fail alike, one speaks.
-        if os.environ.get("RANK", "0") == "0" or not error.on_every_process:
+        if error.everywhere is False or os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"amsf: {error}\n")
         code = 2
-    except click.ClickException as error:
-        sys.stderr.write(f"amsf: {one_line(error.format_message())}; see amsf --help\n")
+    except _UsageError as error:
+        sys.stderr.write(f"amsf: {one_line(error)}; see amsf --help\n")
         code = 2
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("amsf: stopped\n")
         code = 130
     sys.exit(code)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts
-from amsf_dist.blocks import Blocks, canonical_name
+from amsf_dist.blocks import canonical_name
+from amsf_dist.shards import Flats, Part, parameters_in
 
 __all__ = ["cut_lines", "names_of", "trainable", "without_duplicates"]
 
@@ -25,12 +26,18 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     return [canonical_name(name) for name in given]
 
 
-def cut_lines(group: Mapping[str, Any], facts: Mapping[str, Facts]) -> list[Blocks]:
-    """How every parameter of a group is cut in blocks.
+def cut_lines(
+    group: Mapping[str, Any], facts: Mapping[str, Facts], flats: Flats
+) -> list[tuple[Part, ...]]:
+    """What lies in every tensor of a group, and how it is cut in blocks.
 
     Args:
         group: a checked parameter group of torch's making.
         facts: what the module says, by canonical name; empty when no module was given.
+        flats: which tensors hold slices of which parameters; likewise.
+
+    Returns:
+        One tuple per tensor: the parameters in it, one but for flat parameters.
 
     Raises:
         TypeError: a parameter is complex.
@@ -43,12 +50,19 @@ def cut_lines(group: Mapping[str, Any], facts: Mapping[str, Facts]) -> list[Bloc
                 f"{name or 'a parameter'} is complex; train torch.view_as_real of it instead"
             )
         cut.append(
-            block_rules.resolve(
-                group["blocks"],
-                name or None,
-                tuple(param.shape),
-                facts=facts.get(name),
-                head_dim=group["head_dim"],
+            tuple(
+                Part(
+                    part,
+                    shape,
+                    block_rules.resolve(
+                        group["blocks"],
+                        part or None,
+                        shape,
+                        facts=facts.get(part),
+                        head_dim=group["head_dim"],
+                    ),
+                )
+                for part, shape in parameters_in(name, param, flats)
             )
         )
     return cut

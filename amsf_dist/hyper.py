@@ -101,7 +101,7 @@ class Hyper:
 
     def as_group(self) -> dict[str, Any]:
         """The fields as a parameter group carries them, `max_lr` filled in where it is used."""
-        group = asdict(self)
+        group = {**asdict(self), "lr": self.lr}  # a tensor is the user's handle: no copy of it
         if self.decouple_lr and self.max_lr is None:
             group["max_lr"] = float(self.lr)
         return group

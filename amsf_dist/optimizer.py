@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from amsf_dist import audit, groups, kernels, loading, plan, state
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
-from amsf_dist.blocks import Blocks, canonical_name
+from amsf_dist.blocks import canonical_name
 from amsf_dist.hyper import Hyper
+from amsf_dist.shards import Flats, Part, flats_of
 
 __all__ = ["AMSF"]
 
@@ -104,11 +105,12 @@ class AMSF(Optimizer):
         )
         block_rules.check(blocks)
         self._facts: dict[str, Facts] = {}
-        self._blocks: list[list[Blocks]] = []
+        self._flats: Flats = {}
+        self._parts: list[list[tuple[Part, ...]]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
         if isinstance(params, nn.Module):
-            self._facts = read_architecture(params)
+            self._facts, self._flats = read_architecture(params), flats_of(params)
             params = groups.trainable(params)
         super().__init__(params, {**asdict(hyper), "train_mode": True})
         self._warn_unmatched()
@@ -135,7 +137,8 @@ class AMSF(Optimizer):
             {**param_group, **hyper.as_group(), "params": params, "train_mode": training}
         )
         try:
-            self._blocks.append(groups.cut_lines(self.param_groups[-1], self._facts))
+            added = self.param_groups[-1]
+            self._parts.append(groups.cut_lines(added, self._facts, self._flats))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -145,12 +148,12 @@ class AMSF(Optimizer):
     def _ready(self) -> plan.Plan:
         """The plan, made anew when the parameters have changed under it."""
         if not plan.is_current(self._plan, self.param_groups, self.state):
-            self._plan = plan.build(self.param_groups, self.state, self._blocks)
+            self._plan = plan.build(self.param_groups, self.state, self._parts, self._flats)
         assert self._plan is not None
         return self._plan
 
     def _warn_unmatched(self) -> None:
-        names = [name for group in self.param_groups for name in groups.names_of(group)]
+        names = [part.name for group in self._parts for parts in group for part in parts]
         for pattern in block_rules.unmatched_patterns(self.defaults["blocks"], names):
             logger.warning("blocks: pattern %r matches no parameter's name", pattern)
 
@@ -327,11 +330,12 @@ class AMSF(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: torch's part, and what no state dict can tell."""
-        kept = ("_facts", "_blocks")
+        kept = ("_facts", "_parts")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come back from pickle or deepcopy; the plan is made when it is needed."""
         self._plan = None
         self._skipped = 0
+        self._flats = {}  # process groups do not travel
         super().__setstate__(state)

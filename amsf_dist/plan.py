@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from amsf_dist import state as states
-from amsf_dist.blocks import Blocks
 from amsf_dist.groups import names_of
 from amsf_dist.kernels import Holding
 from amsf_dist.kernels.holding import Line
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
 from amsf_dist.rules.protocol import Coefficients, Scalar
-from amsf_dist.shards import copy_into, locate
+from amsf_dist.shards import Flats, Layout, Part, copy_into, locate
 from amsf_dist.storage import state_storage, weight_storage
 
 __all__ = ["Lane", "Plan", "build", "is_current", "on_host"]
@@ -102,7 +101,8 @@ def is_current(plan: Plan | None, groups: Sequence[dict[str, Any]], state: _Stat
 def build(
     groups: Sequence[dict[str, Any]],
     state: _State,
-    blocks: Sequence[Sequence[Blocks]],
+    parts: Sequence[Sequence[tuple[Part, ...]]],
+    flats: Flats,
 ) -> Plan:
     """Locate every parameter and create the state that is missing.
 
@@ -110,20 +110,22 @@ def build(
         groups: parameter groups.
         state: the optimizer's; completed in place. State of parameters that are in no group any
             more is dropped if nothing was trained yet.
-        blocks: how each parameter's line is cut, aligned with the groups' params.
+        parts: what lies in each tensor and how it is cut, aligned with the groups' params.
+        flats: where the slices of flat parameters lie.
 
     Raises:
         RuntimeError: trained parameters were replaced by others.
     """
     _drop_replaced(groups, state)
     lanes: list[Lane] = []
-    for group, group_blocks in zip(groups, blocks, strict=True):
+    for group, group_parts in zip(groups, parts, strict=True):
         rule = RULES[group["averaging"]]
         on_device: dict[torch.device, list[Holding]] = {}
-        for param, name, cut in zip(group["params"], names_of(group), group_blocks, strict=True):
+        for param, name, inside in zip(group["params"], names_of(group), group_parts, strict=True):
             # Frozen parameters cost nothing until they are unfrozen, which makes a new plan.
             if param.requires_grad or state.get(param):
-                holding = _hold(group, rule, param, name, cut, state)
+                layout = locate(inside, param, flats)
+                holding = _hold(group, rule, param, name, layout, state)
                 on_device.setdefault(holding.exp_avg_sq.device, []).append(holding)
         for device, holdings in on_device.items():
             for index, holding in enumerate(holdings):
@@ -144,9 +146,8 @@ def _signature(groups: Sequence[dict[str, Any]], state: _State) -> tuple[object,
 
 
 def _hold(
-    group: dict[str, Any], rule: Rule, param: Tensor, name: str, blocks: Blocks, state: _State
+    group: dict[str, Any], rule: Rule, param: Tensor, name: str, layout: Layout, state: _State
 ) -> Holding:
-    layout = locate(name, param, blocks)
     storage = state_storage(group["state_storage"], param.dtype)
     entries = state[param]
     if not entries:
@@ -168,7 +169,7 @@ def _hold(
             for line in rule.lines
         ),
         exp_avg_sq=layout.local(entries[states.MOMENT]).view(-1),
-        decays=group["decay"] == "all" or param.dim() >= 2,
+        decay=group["decay"],
         index=0,
     )
 

@@ -8,6 +8,7 @@ zeros and nobody waits for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,34 +20,44 @@ from amsf_dist.shards import Axis
 __all__ = ["BlockSums"]
 
 
+@dataclass
+class _Collective:
+    """One all-reduce: which sums go where in its payload.
+
+    Attributes:
+        axis: the ranks.
+        numel: floats, without the one that tells whether all is finite.
+        takes: per buffer (positions in the buffer, positions in the payload), int64.
+    """
+
+    axis: Axis
+    numel: int
+    takes: list[tuple[Tensor, Tensor]]
+
+
 class BlockSums:
     """Sums of squared gradients of every block seen here, for tensors that step together.
 
     Attributes:
         num_collectives: all-reduces per step.
-        num_floats: numbers in all of them together, one of which tells whether all is finite.
-        everyone_knows: whether every rank that shares a step sees the same verdict of `finite`:
+        num_floats: numbers in all of them together, one of which each tells whether all is finite.
+        everyone_knows: whether every rank that shares a step sees the same verdict of `agree`:
             nothing is sharded, or a collective runs over every group that shards something.
     """
 
     def __init__(self, holdings: Sequence[Holding]) -> None:
-        """Plan the buffer and the collectives.
+        """Plan the buffers and the collectives.
 
         Args:
             holdings: same parameters in the same order on every rank.
         """
-        self._buffers = _buffers(holdings)
-        self._cut: dict[str, tuple[Axis, list[Holding]]] = {}
-        for holding in holdings:
-            for axis in holding.layout.axes:
-                key = axis.group.group_name
-                self._cut.setdefault(key, (axis, []))[1].append(holding)
-        self.num_collectives = len(self._cut)
-        self.num_floats = sum(
-            1 + sum(holding.num_sums for holding in cut) for _, cut in self._cut.values()
-        )
+        self._buffers, starts = _buffers(holdings)
+        self._collectives = _collectives(holdings, self._buffers, starts)
+        self.num_collectives = len(self._collectives)
+        self.num_floats = sum(collective.numel + 1 for collective in self._collectives)
+        reached = {collective.axis.group.group_name for collective in self._collectives}
         self.everyone_knows = all(
-            axis.group.group_name in self._cut
+            axis.group.group_name in reached
             for holding in holdings
             for axis in holding.layout.spread
         )
@@ -65,34 +76,77 @@ class BlockSums:
         """
         # 0 when all is finite, NaN otherwise; unlike a flag it can ride in a sum.
         doubt = [(buffer * 0.0).sum() for buffer in self._buffers]
-        for axis, cut in self._cut.values():
-            dtype = torch.float64 if any(d.dtype == torch.float64 for d in doubt) else torch.float32
-            device = torch.device(axis.device_type)
-            ours = _sum_on(device, doubt).to(dtype).view(1)
-            payload = torch.cat([*(h.sums.to(device, dtype) for h in cut), ours])
-            dist.all_reduce(payload, group=axis.group)
-            totals = torch.split(payload[:-1], [h.num_sums for h in cut])
-            for holding, total in zip(cut, totals, strict=True):
-                holding.sums.copy_(total)
-            doubt = [d.copy_(payload[-1]) for d in doubt]
-        return {d.device: _sum_on(d.device, doubt).isfinite() for d in doubt}
+        dtype = torch.float32
+        if any(buffer.dtype == torch.float64 for buffer in self._buffers):
+            dtype = torch.float64
+        for collective in self._collectives:
+            device = torch.device(collective.axis.device_type)
+            payload = torch.zeros(collective.numel + 1, dtype=dtype, device=device)
+            for buffer, (places, slots) in zip(self._buffers, collective.takes, strict=True):
+                payload.index_copy_(0, slots, buffer.index_select(0, places).to(device, dtype))
+            payload[-1:] = _sum_on(device, doubt)
+            dist.all_reduce(payload, group=collective.axis.group)
+            for buffer, (places, slots) in zip(self._buffers, collective.takes, strict=True):
+                buffer.index_copy_(0, places, payload.index_select(0, slots).to(buffer))
+            doubt = [number.copy_(payload[-1]) for number in doubt]
+        return {number.device: _sum_on(number.device, doubt).isfinite() for number in doubt}
+
+
+def _collectives(
+    holdings: Sequence[Holding], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
+) -> list[_Collective]:
+    """One per process group in which something is cut, in the order of the parameters."""
+    axes: dict[str, Axis] = {}
+    numel: dict[str, int] = {}
+    takes: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for holding, (number, start) in zip(holdings, starts, strict=True):
+        for cut in holding.layout.cuts:
+            name = cut.axis.group.group_name
+            if name not in axes:
+                axes[name], numel[name] = cut.axis, 0
+                takes[name] = [([], []) for _ in buffers]
+            places, slots = takes[name][number]
+            places.extend(start + index for index in cut.sums)
+            slots.extend(numel[name] + slot for slot in cut.slots)
+            numel[name] += cut.num_slots
+    return [
+        _Collective(
+            axis,
+            numel[name],
+            [
+                (
+                    torch.tensor(places, dtype=torch.int64, device=buffer.device),
+                    torch.tensor(slots, dtype=torch.int64, device=axis.device_type),
+                )
+                for buffer, (places, slots) in zip(buffers, takes[name], strict=True)
+            ],
+        )
+        for name, axis in axes.items()
+    ]
 
 
 def _sum_on(device: torch.device, numbers: Sequence[Tensor]) -> Tensor:
     return torch.stack([number.to(device, torch.float64) for number in numbers]).sum()
 
 
-def _buffers(holdings: Sequence[Holding]) -> list[Tensor]:
-    """One buffer per device and dtype; every holding's `sums` becomes a view of its part."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Holding]] = {}
-    for holding in holdings:
-        key = (holding.exp_avg_sq.device, holding.compute_dtype)
-        alike.setdefault(key, []).append(holding)
-    buffers = []
-    for (device, dtype), members in alike.items():
-        sizes = [holding.num_sums for holding in members]
-        buffer = torch.zeros(sum(sizes), device=device, dtype=dtype)
-        for holding, sums in zip(members, torch.split(buffer, sizes), strict=True):
-            holding.sums = sums
-        buffers.append(buffer)
-    return buffers
+def _buffers(holdings: Sequence[Holding]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """One buffer per device and dtype; every holding's `sums` becomes a view of its part.
+
+    Returns:
+        The buffers, and for every holding (which buffer, where its part begins).
+    """
+    keys = [(holding.exp_avg_sq.device, holding.compute_dtype) for holding in holdings]
+    alike = list(dict.fromkeys(keys))
+    sizes = [0] * len(alike)
+    starts = []
+    for holding, key in zip(holdings, keys, strict=True):
+        number = alike.index(key)
+        starts.append((number, sizes[number]))
+        sizes[number] += holding.layout.num_sums
+    buffers = [
+        torch.zeros(size, device=device, dtype=dtype)
+        for size, (device, dtype) in zip(sizes, alike, strict=True)
+    ]
+    for holding, (number, start) in zip(holdings, starts, strict=True):
+        holding.sums = buffers[number][start : start + holding.layout.num_sums]
+    return buffers, starts

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.reference import average_, move_, sum_of_squares
+from amsf_dist.kernels.reference import average_, gather_, move_, spread, sum_of_squares
 
-__all__ = ["Holding", "average_", "move_", "sum_of_squares"]
+__all__ = ["Holding", "average_", "gather_", "move_", "spread", "sum_of_squares"]

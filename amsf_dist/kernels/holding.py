@@ -34,10 +34,9 @@ class Holding:
         weight_storage: how its weights are kept.
         lines: the rule's lines, in the rule's order.
         exp_avg_sq: [num_blocks] second moments of the blocks here, a view of the state.
-        decays: whether weight decay applies to it.
+        decay: the group's `decay`: weight decay for "all" parameters or only for "matrices".
         index: its place in the group's counters.
-        sums: [num_blocks] view of the step's block sums; [1] for element blocks, whose squares are
-            used where they are made and summed only to see that all are finite.
+        sums: [layout.num_sums] view of the step's block sums.
     """
 
     param: Tensor
@@ -47,7 +46,7 @@ class Holding:
     weight_storage: Storage
     lines: tuple[Line, ...]
     exp_avg_sq: Tensor
-    decays: bool
+    decay: str
     index: int
     sums: Tensor = field(init=False)
 
@@ -55,16 +54,6 @@ class Holding:
     def compute_dtype(self) -> torch.dtype:
         """fp32; fp64 for fp64 parameters."""
         return torch.promote_types(self.param.dtype, torch.float32)
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether every block is one number, so that nothing needs summing."""
-        return all(piece.blocks.kind == "element" for piece in self.layout.pieces)
-
-    @property
-    def num_sums(self) -> int:
-        """Length of `sums`."""
-        return 1 if self.elementwise else self.layout.num_blocks
 
     @property
     def gradient(self) -> Tensor:

@@ -18,7 +18,7 @@ from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Piece
 from amsf_dist.shards.runs import Section
 
-__all__ = ["average_", "move_", "sum_of_squares"]
+__all__ = ["average_", "gather_", "move_", "spread", "sum_of_squares"]
 
 # Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache;
 # on a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
@@ -37,11 +37,12 @@ def sum_of_squares(holding: Holding) -> None:
         line = _line(memory, piece)
         for tile in _tiles(piece, memory.device):
             part = line[tile.start : tile.stop].to(holding.compute_dtype)
-            if holding.elementwise:
-                holding.sums += part.square().sum()
+            if piece.part.elementwise:
+                holding.sums[piece.first_sum] += part.square().sum()
             else:
-                blocks = slice(tile.first_block, tile.first_block + tile.num_blocks)
-                holding.sums[blocks] += part.view(tile.num_blocks, -1).square().sum(1)
+                first = tile.first_block - piece.first_block + piece.first_sum
+                sums = holding.sums[first : first + tile.num_blocks]
+                sums += part.view(tile.num_blocks, -1).square().sum(1)
 
 
 def move_(holding: Holding, c: Coefficients, finite: Tensor | None, by_block: bool) -> None:
@@ -57,26 +58,40 @@ def move_(holding: Holding, c: Coefficients, finite: Tensor | None, by_block: bo
     memory, gradient = holding.memory(holding.param), holding.gradient
     for piece in holding.layout.pieces:
         # also where none of the piece's numbers lie here: its moments may be kept by all its ranks
-        scaled = None if holding.elementwise else _scale_(holding, piece, c, finite, by_block)
+        scaled = None if piece.part.elementwise else _scale_(holding, piece, c, finite, by_block)
         weight, gradient_line = _line(memory, piece), _line(gradient, piece)
         lines = _lines(holding, piece)
         for tile in _tiles(piece, memory.device):
             _move_tile_(
-                holding,
-                tile,
-                weight,
-                gradient_line,
-                lines,
-                scaled,
-                piece.first_block,
-                c,
-                finite,
-                by_block,
+                holding, piece, tile, weight, gradient_line, lines, scaled, c, finite, by_block
             )
         _put_back(memory, piece, weight)
         for line, tensors in zip(holding.lines, lines, strict=True):
             for tensor, flat in zip(line.tensors, tensors, strict=True):
                 _put_back(tensor, piece, flat)
+
+
+def spread(holding: Holding) -> Tensor:
+    """The block moments written out over the elements, laid out as this rank's memory."""
+    out = torch.zeros_like(holding.memory(holding.param), dtype=holding.exp_avg_sq.dtype)
+    for piece in holding.layout.pieces:
+        line = _line(out, piece)
+        for section in _sections(piece):
+            blocks = slice(section.first_block, section.first_block + section.num_blocks)
+            part = line[section.start : section.stop].view(section.num_blocks, -1)
+            part.copy_(holding.exp_avg_sq[blocks].view(-1, 1))
+        _put_back(out, piece, line)
+    return out
+
+
+def gather_(holding: Holding, spread_out: Tensor) -> None:
+    """Take the block moments back from what `spread` wrote: every block's first element here."""
+    for piece in holding.layout.pieces:
+        line = _line(spread_out, piece)
+        for section in _sections(piece):
+            blocks = slice(section.first_block, section.first_block + section.num_blocks)
+            part = line[section.start : section.stop].view(section.num_blocks, -1)
+            holding.exp_avg_sq[blocks].copy_(part[:, 0])
 
 
 def average_(
@@ -129,8 +144,8 @@ def _scale_(
 ) -> _Scaled:
     """Update the second moments of the piece's blocks."""
     moments = holding.exp_avg_sq[piece.first_block : piece.first_block + piece.num_blocks]
-    mean_sq = holding.sums[piece.first_block : piece.first_block + piece.num_blocks]
-    mean_sq = mean_sq / piece.blocks.block_numel
+    mean_sq = holding.sums[piece.first_sum : piece.first_sum + piece.num_sums]
+    mean_sq = mean_sq / piece.part.blocks.block_numel
     if by_block:
         finite = mean_sq.isfinite()
     after, scale = holding.rule.block_scale(moments, mean_sq, c)
@@ -140,12 +155,12 @@ def _scale_(
 
 def _move_tile_(
     holding: Holding,
+    piece: Piece,
     tile: Section,
     weight: Tensor,
     gradient: Tensor,
     lines: tuple[tuple[Tensor, ...], ...],
     scaled: _Scaled | None,
-    first_block: int,
     c: Coefficients,
     finite: Tensor | None,
     by_block: bool,
@@ -163,14 +178,15 @@ def _move_tile_(
         moment, scale = rule.block_scale(before, squared, c)
         before.copy_(moment if finite is None else torch.where(finite, moment, before))
     else:
-        here = slice(blocks.start - first_block, blocks.stop - first_block)
+        here = slice(blocks.start - piece.first_block, blocks.stop - piece.first_block)
         scale, finite = scaled.scale[here].view(-1, 1), scaled.finite
         if finite is not None and finite.dim():
             finite = finite[here].view(-1, 1)
 
     y = holding.weight_storage.load((weight,), span, dtype).view(shape)
+    decays = holding.decay == "all" or len(piece.part.shape) >= 2
     before_lines = tuple(values.view(shape) for values in _load(holding, lines, span))
-    moved, moved_lines = rule.move(y, g, scale, before_lines, holding.decays, c)
+    moved, moved_lines = rule.move(y, g, scale, before_lines, decays, c)
     if finite is not None:
         moved = torch.where(finite, moved, y)
         moved_lines = tuple(
@@ -182,35 +198,42 @@ def _move_tile_(
         line.storage.store(tensors, span, values.view(-1))
 
 
+def _sections(piece: Piece) -> Iterator[Section]:
+    return (section for run in piece.runs for section in run.sections())
+
+
+def _order(piece: Piece) -> tuple[int, ...] | None:
+    return piece.part.blocks.order
+
+
 def _tiles(piece: Piece, device: torch.device) -> Iterator[Section]:
     """The piece's sections, cut to at most a tile: whole blocks together, or a part of one."""
     tile_numel = _TILE_NUMEL.get(device.type, _TILE_NUMEL_DEVICE)
-    for run in piece.runs:
-        for section in run.sections():
-            numel = (section.stop - section.start) // section.num_blocks
-            if numel > tile_numel:
-                for block in range(section.num_blocks):
-                    first = section.start + block * numel
-                    for start in range(first, first + numel, tile_numel):
-                        stop = min(start + tile_numel, first + numel)
-                        yield Section(start, stop, section.first_block + block, 1)
-            else:
-                step = tile_numel // numel
-                for block in range(0, section.num_blocks, step):
-                    count = min(step, section.num_blocks - block)
-                    start = section.start + block * numel
-                    yield Section(start, start + count * numel, section.first_block + block, count)
+    for section in _sections(piece):
+        numel = (section.stop - section.start) // section.num_blocks
+        if numel > tile_numel:
+            for block in range(section.num_blocks):
+                first = section.start + block * numel
+                for start in range(first, first + numel, tile_numel):
+                    stop = min(start + tile_numel, first + numel)
+                    yield Section(start, stop, section.first_block + block, 1)
+        else:
+            step = tile_numel // numel
+            for block in range(0, section.num_blocks, step):
+                count = min(step, section.num_blocks - block)
+                start = section.start + block * numel
+                yield Section(start, start + count * numel, section.first_block + block, count)
 
 
 def _line(memory: Tensor, piece: Piece) -> Tensor:
     """Memory as the flat line the runs count in; a copy where the weight lies in another order."""
-    order = piece.blocks.order
+    order = _order(piece)
     return (memory if order is None else memory.permute(order)).reshape(-1)
 
 
 def _put_back(memory: Tensor, piece: Piece, line: Tensor) -> None:
     """Write a line back when `_line` had to copy."""
     if line.data_ptr() != memory.data_ptr():
-        order = piece.blocks.order
+        order = _order(piece)
         view = memory if order is None else memory.permute(order)
         view.copy_(line.view(view.shape))

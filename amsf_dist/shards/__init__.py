@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from amsf_dist.blocks import Blocks
+from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat
 from amsf_dist.shards.fsdp2 import copy_into, fsdp2
-from amsf_dist.shards.layout import Axis, Layout, Piece
+from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.replicated import replicated
 
-__all__ = ["Axis", "Layout", "Piece", "copy_into", "locate"]
+__all__ = [
+    "Axis",
+    "Cut",
+    "Flats",
+    "Layout",
+    "Part",
+    "Piece",
+    "copy_into",
+    "flats_of",
+    "locate",
+    "parameters_in",
+]
+
+Flats = Mapping[Tensor, Sequence[FlatSlice]]
+"""What only the module tells: which parameters lie in a visible tensor, and which part of them."""
 
 
-def locate(name: str, param: Tensor, blocks: Blocks) -> Layout:
-    """Which numbers of a parameter lie on this rank.
+def flats_of(model: nn.Module) -> Flats:
+    """Visible tensors of the model that are slices of flat parameters; most models have none."""
+    return flat_slices(model)
+
+
+def parameters_in(name: str, param: Tensor, flats: Flats) -> list[tuple[str, tuple[int, ...]]]:
+    """Canonical name and whole shape of every parameter in one visible tensor.
 
     Args:
-        name: canonical name, "" when unknown.
-        param: what the optimizer was given; a DTensor under FSDP2 and tensor parallel.
-        blocks: how its line is cut.
+        name: of the visible tensor, "" when unknown.
+        param: what the optimizer was given.
+        flats: from `flats_of`.
+
+    Raises:
+        ValueError: it is a slice of an FSDP1 flat parameter, and no module told of which.
     """
+    if is_flat(param):
+        if param not in flats:
+            raise ValueError(
+                f"{name or 'a parameter'} is a slice of an FSDP1 flat parameter, and a slice does "
+                "not tell which rows it holds: pass the wrapped model, AMSF(model, ...)"
+            )
+        return [(flat.name, flat.shape) for flat in flats[param]]
+    return [(name, tuple(param.shape))]
+
+
+def locate(parts: Sequence[Part], param: Tensor, flats: Flats) -> Layout:
+    """Which numbers of a visible tensor lie on this rank.
+
+    Args:
+        parts: the parameters in it, in the order of `parameters_in`.
+        param: what the optimizer was given; a DTensor under FSDP2 and tensor parallel.
+        flats: from `flats_of`.
+    """
+    if is_flat(param):
+        return flat_layout(parts, flats[param])
+    (part,) = parts
     if isinstance(param, DTensor):
-        return fsdp2(name, param, blocks)
-    return replicated(name, param, blocks)
+        return fsdp2(part, param)
+    return replicated(part)

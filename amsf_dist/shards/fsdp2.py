@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
-from amsf_dist.shards.layout import Axis, Layout, Piece
+from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.runs import box_runs, local_blocks
 from amsf_dist.shards.vector import line_shape, vector_shape
 
 __all__ = ["copy_into", "cut_mesh_dims", "fsdp2"]
 
+_SHARDS = (Shard, _StridedShard)
 
-def fsdp2(name: str, param: DTensor, blocks: Blocks) -> Layout:
+
+def fsdp2(part: Part, param: DTensor) -> Layout:
     """The box of the parameter that lies on this rank.
 
     Raises:
         ValueError: a placement is neither `Shard` nor `Replicate`.
     """
-    mesh, placements = param.device_mesh, _in_line_order(name, param.placements, blocks)
-    shape = tuple(param.shape)
-    line, vector = line_shape(shape, blocks), vector_shape(shape, blocks)
+    mesh, blocks = param.device_mesh, part.blocks
+    placements = _in_line_order(part.name, param.placements, blocks)
+    line, vector = line_shape(part.shape, blocks), vector_shape(part.shape, blocks)
     lengths, offsets = compute_local_shape_and_global_offset(line, mesh, placements)
     cut = cut_mesh_dims(line, mesh.shape, placements, blocks)
 
@@ -64,10 +66,10 @@ def fsdp2(name: str, param: DTensor, blocks: Blocks) -> Layout:
         if not placement.is_replicate() and mesh.size(dim) > 1
     }
     num_blocks = math.prod(vector_lengths)
+    every = range(num_blocks)
     return Layout(
-        pieces=(Piece(name, shape, blocks, runs, 0, num_blocks),),
-        num_blocks=num_blocks,
-        axes=tuple(axes[dim] for dim in cut),
+        pieces=(Piece(part, runs, 0, num_blocks, cut_blocks=num_blocks if cut else 0),),
+        cuts=tuple(Cut(axes[dim], num_blocks, every, every) for dim in cut),
         spread=tuple(axes.values()),
         local=_local,
         as_state=as_state,
@@ -114,7 +116,7 @@ def cut_mesh_dims(
     sharding = [
         (mesh_dim, placement.dim)
         for mesh_dim, placement in enumerate(placements)
-        if isinstance(placement, Shard) and mesh_shape[mesh_dim] > 1
+        if isinstance(placement, _SHARDS) and mesh_shape[mesh_dim] > 1
     ]
     if by_dims:
         return tuple(mesh_dim for mesh_dim, dim in sharding if dim >= len(vector))
@@ -126,7 +128,7 @@ def cut_mesh_dims(
     rows = line[0]
     # Tensor parallel splits first although it stands last in the mesh: FSDP then marks its own
     # placement as strided. Without that mark the left mesh dim splits first.
-    strided = bool(on_rows) and type(placements[on_rows[0]]) is not Shard
+    strided = bool(on_rows) and isinstance(placements[on_rows[0]], _StridedShard)
     for mesh_dim in reversed(on_rows) if strided else on_rows:
         rows = -(-rows // mesh_shape[mesh_dim])
         aligned = aligned and rows % rows_per_block == 0
@@ -146,16 +148,22 @@ def _in_line_order(
 ) -> tuple[Placement, ...]:
     """The placements of the parameter with its dims permuted to line order."""
     for placement in placements:
-        if not placement.is_replicate() and not isinstance(placement, Shard):
+        if not placement.is_replicate() and not isinstance(placement, _SHARDS):
             raise ValueError(
                 f"{name or 'a parameter'}: AMSF understands Shard and Replicate placements, not "
                 f"{placement}; redistribute the parameter before building the optimizer"
             )
     if blocks.order is None:
         return tuple(placements)
-    return tuple(
-        Shard(blocks.order.index(p.dim)) if isinstance(p, Shard) else p for p in placements
-    )
+    return tuple(_on_dim(placement, blocks.order) for placement in placements)
+
+
+def _on_dim(placement: Placement, order: Sequence[int]) -> Placement:
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(order.index(placement.dim), split_factor=placement.split_factor)
+    if isinstance(placement, Shard):
+        return Shard(order.index(placement.dim))
+    return placement
 
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

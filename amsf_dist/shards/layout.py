@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.runs import Run
 
-__all__ = ["Axis", "Layout", "Piece", "itself"]
+__all__ = ["Axis", "Cut", "Layout", "Part", "Piece", "itself"]
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def itself(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Axis:
-    """Ranks over which block sums of a cut parameter are added.
+    """Ranks that hold parts of the same parameters.
 
     Attributes:
         group: process group; None where there are no processes (a plan on paper).
@@ -35,26 +35,78 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The part of one parameter that lies in one tensor here.
+class Part:
+    """One parameter in a visible tensor: most tensors are one, a flat parameter has many.
 
     Attributes:
-        name: of the parameter, without wrapper prefixes; "" when it has none.
+        name: without wrapper prefixes; "" when it has none.
         shape: of the whole parameter.
         blocks: how its line is cut.
-        runs: this rank's part; offsets in the tensor's memory (in line order), blocks counted in
-            the tensor's block vector.
-        first_block: where the piece's blocks begin in the tensor's block vector.
-        num_blocks: how many they are; also blocks that lie elsewhere entirely, when the moments of
-            a cut parameter are kept by all its ranks.
     """
 
     name: str
     shape: tuple[int, ...]
     blocks: Blocks
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every block is one number, so that nothing needs summing."""
+        return self.blocks.kind == "element"
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the whole parameter."""
+        return self.blocks.num_blocks(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What lies here of one part.
+
+    Attributes:
+        part: the parameter.
+        runs: this rank's part of its line; offsets in the tensor's memory (in line order), blocks
+            counted in the tensor's block vector.
+        first_block: where the piece's blocks begin in the tensor's block vector.
+        num_blocks: how many they are; also blocks that lie elsewhere entirely, when the moments of
+            a cut parameter are kept by all its ranks.
+        first_sum: where its sums begin in the tensor's sums.
+        cut_blocks: how many blocks of the whole parameter are shared by ranks.
+    """
+
+    part: Part
     runs: tuple[Run, ...]
     first_block: int
     num_blocks: int
+    first_sum: int = 0
+    cut_blocks: int = 0
+
+    @property
+    def num_sums(self) -> int:
+        """One per block; one in all for element blocks, only to see that all are finite."""
+        return 1 if self.part.elementwise else self.num_blocks
+
+    @property
+    def numel(self) -> int:
+        """Numbers of the parameter that lie here."""
+        return sum(run.numel for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The tensor's share of one axis' all-reduce.
+
+    Attributes:
+        axis: over which its block sums are added.
+        num_slots: floats it has in the payload, the same on every rank of the axis.
+        sums: which of this rank's sums go in,
+        slots: and where.
+    """
+
+    axis: Axis
+    num_slots: int
+    sums: Sequence[int]
+    slots: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -63,16 +115,32 @@ class Layout:
 
     Attributes:
         pieces: in memory order.
-        num_blocks: length of this rank's block vector (block sums, second moment).
-        axes: over which the whole block vector is summed; empty when no block is cut.
-        spread: over which other parts of the tensor lie, cut or not.
+        cuts: one per axis over which some of its blocks are cut; none when nothing is.
+        spread: axes over which other parts of the tensor lie, cut or not.
         local: tensor as seen (parameter, gradient, line) -> this rank's memory.
         as_state: this rank's block vector -> how it stands in the optimizer's state.
+        flat: the tensor is a slice of a flat buffer: 1-D, and cut without regard to rows. Its
+            block vector depends on the sharding, so a state dict has it spread over the elements.
     """
 
     pieces: tuple[Piece, ...]
-    num_blocks: int
-    axes: tuple[Axis, ...] = ()
+    cuts: tuple[Cut, ...] = ()
     spread: tuple[Axis, ...] = ()
-    local: Callable[[Tensor], Tensor] = field(default=itself)
-    as_state: Callable[[Tensor], Tensor] = field(default=itself)
+    local: Callable[[Tensor], Tensor] = itself
+    as_state: Callable[[Tensor], Tensor] = itself
+    flat: bool = False
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of this rank's block vector."""
+        return sum(piece.num_blocks for piece in self.pieces)
+
+    @property
+    def num_sums(self) -> int:
+        """Length of this rank's block sums."""
+        return sum(piece.num_sums for piece in self.pieces)
+
+    @property
+    def numel(self) -> int:
+        """Numbers of parameters that lie here, padding not counted."""
+        return sum(piece.numel for piece in self.pieces)

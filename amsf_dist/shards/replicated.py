@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from amsf_dist.blocks import Blocks
-from amsf_dist.shards.layout import Layout, Piece
+from amsf_dist.shards.layout import Layout, Part, Piece
 from amsf_dist.shards.runs import box_runs
 from amsf_dist.shards.vector import line_shape, vector_shape
 
 __all__ = ["replicated"]
 
 
-def replicated(name: str, param: Tensor, blocks: Blocks) -> Layout:
+def replicated(part: Part) -> Layout:
     """The whole parameter lies here; gradients arrive already averaged, nothing is cut."""
-    shape = line_shape(tuple(param.shape), blocks)
-    runs = box_runs(shape, [0] * len(shape), shape, blocks.block_numel)
-    vector = vector_shape(tuple(param.shape), blocks)
-    num_blocks = blocks.num_blocks(param.shape)
+    line = line_shape(part.shape, part.blocks)
+    runs = box_runs(line, [0] * len(line), line, part.blocks.block_numel)
+    vector = vector_shape(part.shape, part.blocks)
     return Layout(
-        pieces=(Piece(name, tuple(param.shape), blocks, runs, 0, num_blocks),),
-        num_blocks=num_blocks,
+        pieces=(Piece(part, runs, 0, part.num_blocks),),
         as_state=lambda moments: moments.view(vector),
     )
