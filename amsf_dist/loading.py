@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amsf_dist import kernels
 from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
-from amsf_dist.shards import copy_into
+from amsf_dist.shards import copy_into, whole
 from amsf_dist.state import MOMENT, STASH
 
 __all__ = ["load"]
@@ -45,18 +46,19 @@ def load(
     keys = _match(groups, saved_groups)
     saved = {id(h.param): saved_state.get(keys[id(h.param)]) for h in holdings}
     for holding in holdings:
-        if (entries := saved[id(holding.param)]) is not None:
-            _check(holding.name or "a parameter", state[holding.param], entries)
+        if entries := saved[id(holding.param)]:
+            _check(holding, state[holding.param], entries)
     options = [
         _options(number, ours, theirs)
         for number, (ours, theirs) in enumerate(zip(groups, saved_groups, strict=True))
     ]
 
     for holding in holdings:
-        if (entries := saved[id(holding.param)]) is None:
+        if entries := saved[id(holding.param)]:
+            _copy(holding, state[holding.param], entries)
+        elif holding.layout.numel:
             logger.warning("%s: no saved state, it starts anew", holding.name or "a parameter")
-        else:
-            _copy(state[holding.param], entries, holding.param.detach())
+    _count_along(holdings, state, saved)
     for group, changes in zip(groups, options, strict=True):
         group.update(copy.deepcopy(changes))
 
@@ -104,12 +106,13 @@ def _match(
     return found
 
 
-def _check(name: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Refuse one parameter's saved state before anything is changed.
 
     Raises:
         ValueError: lines are missing, or have another shape.
     """
+    name = holding.name or "a parameter"
     for key, value in ours.items():
         if key == STASH:
             continue
@@ -119,36 +122,68 @@ def _check(name: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None
                 "saved by another optimizer or with another averaging="
             )
         shape = tuple(saved[key].shape) if isinstance(saved[key], Tensor) else ()
-        if shape != tuple(value.shape):
-            cure = (
-                "build it with the blocks= and head_dim= of then"
-                if key == MOMENT
-                else ("load the state of the same model")
-            )
+        fitting = [tuple(value.shape)]
+        cure = "load the state of the same model"
+        if key == MOMENT:
+            fitting = [tuple(holding.param.shape)] + ([] if holding.layout.flat else fitting)
+            cure = "build it with the blocks= and head_dim= of then"
+        if shape not in fitting:
             raise ValueError(
-                f"{name}: {key!r} was saved with shape {shape}, this optimizer needs "
-                f"{tuple(value.shape)}; {cure}"
+                f"{name}: {key!r} was saved with shape {shape}, this optimizer needs {fitting[-1]};"
+                f" {cure}"
+            )
+        if shape == tuple(value.shape) or holding.layout.flat:
+            continue
+        by_block = _by_block(holding, saved[key])
+        if not by_block.eq(by_block[:, :1]).all():
+            raise ValueError(
+                f"{name}: {key!r} was saved per element and differs inside a block; take it over "
+                "with amsf_dist.checkpoint.import_state_dict"
             )
 
 
-def _copy(ours: dict[str, Any], saved: Mapping[str, Any], like: Tensor) -> None:
+def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> None:
     """Copy one parameter's saved state into ours, in place, in our dtypes.
 
     torch's own loading would cast state to the parameter's dtype: fp32 moments of bf16 weights
     would come back rounded.
-
-    Args:
-        ours: live state.
-        saved: passed `_check`.
-        like: the parameter.
     """
     for key, value in ours.items():
-        if key != STASH:
+        if key == MOMENT and holding.layout.flat:
+            kernels.gather_(holding, saved[key].to(value).view(-1))
+        elif key == MOMENT and tuple(saved[key].shape) != tuple(value.shape):
+            copy_into(value, _by_block(holding, saved[key])[:, 0].view(value.shape))
+        elif key != STASH:
             copy_into(value, saved[key])
     ours.pop(STASH, None)
     if STASH in saved:
-        ours[STASH] = torch.empty_like(like, requires_grad=False)
+        ours[STASH] = torch.empty_like(holding.param, requires_grad=False)
         copy_into(ours[STASH], saved[STASH])
+
+
+def _by_block(holding: Holding, saved: Tensor) -> Tensor:
+    """[num_blocks, block_numel] of a per-element tensor that FSDP1 saved."""
+    (piece,) = holding.layout.pieces
+    line = whole(saved)
+    if piece.part.blocks.order is not None:
+        line = line.permute(piece.part.blocks.order)
+    return line.reshape(piece.part.num_blocks, -1)
+
+
+def _count_along(
+    holdings: Sequence[Holding],
+    state: Mapping[Tensor, dict[str, Any]],
+    saved: Mapping[int, Mapping[str, Any] | None],
+) -> None:
+    """Give the group's count to parameters of which nothing lies here: FSDP1 drops their state."""
+    for holding in holdings:
+        if saved[id(holding.param)] or holding.layout.numel:
+            continue
+        for other in holdings:
+            if other.group is holding.group and saved[id(other.param)]:
+                for counter in holding.rule.counters:
+                    state[holding.param][counter].copy_(state[other.param][counter])
+                break
 
 
 def _options(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

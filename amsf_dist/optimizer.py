@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amsf_dist import audit, groups, kernels, loading, plan, state
+from amsf_dist import audit, groups, kernels, loading, modes, plan, state
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.blocks import canonical_name
@@ -199,12 +199,16 @@ class AMSF(Optimizer):
 
     def _move(self, lane: plan.Lane, finite: Tensor, everyone_knows: bool) -> None:
         stepping = [h for h in lane.holdings if h.param.grad is not None]
+        # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
+        absent = [h for h in lane.holdings if h.param.grad is None and not h.layout.numel]
         on_host = plan.on_host(lane.device)
-        if not stepping or (on_host and everyone_knows and not finite):
+        if not (stepping or len(absent) == len(lane.holdings)):
+            return
+        if on_host and everyone_knows and not finite:
             return
         # Where the host can read the verdict for nothing, a finite step needs no masks.
         verdict = None if on_host and finite else finite
-        coefficients = lane.advance(stepping, finite if everyone_knows else None)
+        coefficients = lane.advance(stepping + absent, finite if everyone_knows else None)
         by_block = verdict is not None and not everyone_knows
         for holding in stepping:
             kernels.move_(holding, coefficients[holding.index], verdict, by_block)
@@ -238,27 +242,13 @@ class AMSF(Optimizer):
     @torch.no_grad()
     def eval(self) -> None:
         """Put the average x into the parameters; y is kept aside, exactly. Idempotent."""
-        for lane in self._ready().lanes:
-            if lane.group["train_mode"] and lane.rule.averaged:
-                for holding in lane.holdings:
-                    weights = holding.param.detach()
-                    self.state[holding.param][state.STASH] = weights.clone()
-                    kernels.average_(holding, lane.group, out=holding.memory(weights))
+        modes.to_average(self._ready(), self.state)
         self._set_mode(training=False)
 
     @torch.no_grad()
     def train(self) -> None:
         """Put y back, bit for bit. Idempotent."""
-        for lane in self._ready().lanes:
-            if not lane.group["train_mode"] and lane.rule.averaged:
-                for holding in lane.holdings:
-                    weights = holding.param.detach()
-                    stash = self.state[holding.param].pop(state.STASH, None)
-                    if stash is not None:
-                        holding.memory(weights).copy_(holding.memory(stash))
-                    else:  # a checkpoint written in eval mode whose loader dropped y
-                        out = holding.memory(weights)
-                        kernels.average_(holding, lane.group, out=out, back=True)
+        modes.to_training(self._ready(), self.state)
         self._set_mode(training=True)
 
     def _set_mode(self, *, training: bool) -> None:
@@ -287,12 +277,7 @@ class AMSF(Optimizer):
             Canonical name -> tensor. Trained parameters are new tensors, DTensors where the
             parameters are; frozen ones and buffers are the model's own.
         """
-        averages: dict[int, Tensor] = {}
-        for lane in self._ready().lanes:
-            for holding in lane.holdings:
-                averages[id(holding.param)] = x = holding.param.detach().clone()
-                if lane.group["train_mode"]:
-                    kernels.average_(holding, lane.group, out=holding.memory(x))
+        averages = modes.averages(self._ready())
         tied = dict(model.named_parameters(remove_duplicate=False))
         return {
             canonical_name(name): averages.get(id(tied.get(name)), value)
@@ -306,6 +291,22 @@ class AMSF(Optimizer):
     def explain(self) -> audit.Explanation:
         """How every parameter is cut in blocks, and what that costs here; `print` it."""
         return audit.explain_holdings(self._ready().holdings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, in either mode; see torch.optim.Optimizer.state_dict.
+
+        Under FSDP1 the block moments, whose number here depends on the sharding, are written out
+        over the elements, as FSDP's own state-dict functions need them.
+        """
+        state_dict = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        flat = {id(h.param): h for h in self._ready().holdings if h.layout.flat}
+        entries = state_dict["state"]
+        for index, param in enumerate(params):
+            if id(param) in flat:  # new dicts: the old ones are the live state
+                moments = kernels.spread(flat[id(param)])
+                entries[index] = {**entries[index], state.MOMENT: moments}
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -169,7 +169,7 @@ def _hold(
             for line in rule.lines
         ),
         exp_avg_sq=layout.local(entries[states.MOMENT]).view(-1),
-        decay=group["decay"],
+        group=group,
         index=0,
     )
 

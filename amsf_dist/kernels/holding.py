@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class Holding:
         weight_storage: how its weights are kept.
         lines: the rule's lines, in the rule's order.
         exp_avg_sq: [num_blocks] second moments of the blocks here, a view of the state.
-        decay: the group's `decay`: weight decay for "all" parameters or only for "matrices".
+        group: its parameter group, live.
         index: its place in the group's counters.
         sums: [layout.num_sums] view of the step's block sums.
     """
@@ -46,7 +48,7 @@ class Holding:
     weight_storage: Storage
     lines: tuple[Line, ...]
     exp_avg_sq: Tensor
-    decay: str
+    group: Mapping[str, Any]
     index: int
     sums: Tensor = field(init=False)
 

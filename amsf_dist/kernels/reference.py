@@ -7,8 +7,8 @@ is broadcast and never written out. Temporaries are a few tiles, whatever the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,14 +94,11 @@ def gather_(holding: Holding, spread_out: Tensor) -> None:
             holding.exp_avg_sq[blocks].copy_(part[:, 0])
 
 
-def average_(
-    holding: Holding, group: Mapping[str, Any], out: Tensor, *, back: bool = False
-) -> None:
+def average_(holding: Holding, out: Tensor, *, back: bool = False) -> None:
     """Write the evaluation weights x, or back from them the training weights y.
 
     Args:
         holding: whose weights and lines are read.
-        group: hyper-parameters.
         out: this rank's memory of a tensor laid out as the parameter; may be the parameter's own.
         back: read x and write y; right to rounding only.
     """
@@ -114,7 +111,7 @@ def average_(
             span = slice(tile.start, tile.stop)
             values = _load(holding, lines, span)
             before = holding.weight_storage.load((weight,), span, dtype)
-            holding.weight_storage.store((result,), span, convert(before, values, group))
+            holding.weight_storage.store((result,), span, convert(before, values, holding.group))
         _put_back(out, piece, result)
 
 
@@ -184,7 +181,7 @@ def _move_tile_(
             finite = finite[here].view(-1, 1)
 
     y = holding.weight_storage.load((weight,), span, dtype).view(shape)
-    decays = holding.decay == "all" or len(piece.part.shape) >= 2
+    decays = holding.group["decay"] == "all" or len(piece.part.shape) >= 2
     before_lines = tuple(values.view(shape) for values in _load(holding, lines, span))
     moved, moved_lines = rule.move(y, g, scale, before_lines, decays, c)
     if finite is not None:

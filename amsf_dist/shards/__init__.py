@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat
-from amsf_dist.shards.fsdp2 import copy_into, fsdp2
+from amsf_dist.shards.fsdp2 import copy_into, fsdp2, whole
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.replicated import replicated
 
@@ -23,6 +23,7 @@ __all__ = [
     "flats_of",
     "locate",
     "parameters_in",
+    "whole",
 ]
 
 Flats = Mapping[Tensor, Sequence[FlatSlice]]

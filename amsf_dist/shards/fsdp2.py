@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
@@ -21,7 +21,7 @@ from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.runs import box_runs, local_blocks
 from amsf_dist.shards.vector import line_shape, vector_shape
 
-__all__ = ["copy_into", "cut_mesh_dims", "fsdp2"]
+__all__ = ["copy_into", "cut_mesh_dims", "fsdp2", "whole"]
 
 _SHARDS = (Shard, _StridedShard)
 
@@ -30,21 +30,27 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
     """The box of the parameter that lies on this rank.
 
     Raises:
-        ValueError: a placement is neither `Shard` nor `Replicate`.
+        ValueError: a placement is neither `Shard` nor `Replicate`, or this rank holds another part
+            than the placements say.
     """
     mesh, blocks = param.device_mesh, part.blocks
     placements = _in_line_order(part.name, param.placements, blocks)
     line, vector = line_shape(part.shape, blocks), vector_shape(part.shape, blocks)
-    lengths, offsets = compute_local_shape_and_global_offset(line, mesh, placements)
+    offsets, lengths = _box(line, mesh, placements)
+    if (here := line_shape(param.to_local().shape, blocks)) != lengths:
+        raise ValueError(
+            f"{part.name or 'a parameter'}: this rank holds a part of shape {here}, its placements "
+            f"{param.placements} say {lengths}; shard it with fully_shard, parallelize_module or "
+            "distribute_tensor before building the optimizer"
+        )
     cut = cut_mesh_dims(line, mesh.shape, placements, blocks)
 
+    # a mesh dim of one rank cuts nothing, but may name a dim that the vector does not have
     vector_placements = [
-        Replicate() if dim in cut or placement.is_replicate() else placement
-        for dim, placement in enumerate(placements)
+        Replicate() if p.is_replicate() or dim in cut or p.dim >= len(vector) else p
+        for dim, p in enumerate(placements)
     ]
-    vector_lengths, vector_offsets = compute_local_shape_and_global_offset(
-        vector, mesh, vector_placements
-    )
+    vector_offsets, vector_lengths = _box(vector, mesh, vector_placements)
     runs = local_blocks(
         box_runs(line, offsets, lengths, blocks.block_numel), vector, vector_offsets, vector_lengths
     )
@@ -52,7 +58,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
     def as_state(moments: Tensor) -> Tensor:
         # shape and stride are needed where the last ranks hold less than the others
         return DTensor.from_local(
-            moments.view(tuple(vector_lengths)),
+            moments.view(vector_lengths),
             mesh,
             vector_placements,
             run_check=False,
@@ -94,7 +100,12 @@ def copy_into(ours: Tensor, saved: Any) -> None:
             saved = saved.redistribute(ours.device_mesh, ours.placements)
         ours.to_local().copy_(saved.to_local())
     else:
-        ours.copy_(saved.full_tensor() if isinstance(saved, DTensor) else saved)
+        ours.copy_(whole(saved))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every rank of its mesh must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_mesh_dims(
@@ -121,18 +132,61 @@ def cut_mesh_dims(
     if by_dims:
         return tuple(mesh_dim for mesh_dim, dim in sharding if dim >= len(vector))
 
-    on_rows = [mesh_dim for mesh_dim, dim in sharding if dim == 0]
     row_numel = math.prod(line[1:])
     aligned = row_numel > 0 and blocks.block_numel % row_numel == 0
     rows_per_block = blocks.block_numel // row_numel if aligned else 1
-    rows = line[0]
-    # Tensor parallel splits first although it stands last in the mesh: FSDP then marks its own
-    # placement as strided. Without that mark the left mesh dim splits first.
-    strided = bool(on_rows) and isinstance(placements[on_rows[0]], _StridedShard)
-    for mesh_dim in reversed(on_rows) if strided else on_rows:
-        rows = -(-rows // mesh_shape[mesh_dim])
-        aligned = aligned and rows % rows_per_block == 0
+    rows = set(line[:1])  # that a rank may hold: the last ones of every cut may have fewer
+    for mesh_dim in _in_split_order(placements):
+        if (mesh_dim, 0) in sharding:
+            rows = {part for whole in rows for part in _parts(whole, mesh_shape[mesh_dim])}
+    aligned = aligned and all(part % rows_per_block == 0 for part in rows)
     return tuple(mesh_dim for mesh_dim, dim in sharding if dim > 0 or not aligned)
+
+
+def _box(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and lengths of the part that lies here, as `torch.chunk` cuts it.
+
+    torch's own function for it (2.13) is wrong where tensor parallel cuts unevenly before FSDP, as
+    7 rows on 2 and then 3 ranks: `fully_shard` chunks what tensor parallel left on the rank.
+    """
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(
+            "a parameter lives on ranks that this one does not belong to; give the optimizer "
+            "only the parameters of its own rank"
+        )
+    offsets, lengths = [0] * len(shape), list(shape)
+    for mesh_dim in _in_split_order(placements):
+        placement = placements[mesh_dim]
+        if isinstance(placement, _SHARDS):
+            dim = placement.dim
+            chunk = _chunk(lengths[dim], mesh.size(mesh_dim))
+            start = min(coordinate[mesh_dim] * chunk, lengths[dim])
+            offsets[dim] += start
+            lengths[dim] = min(chunk, lengths[dim] - start)
+    return tuple(offsets), tuple(lengths)
+
+
+def _chunk(length: int, parts: int) -> int:
+    return -(-length // parts)
+
+
+def _parts(length: int, parts: int) -> set[int]:
+    """Lengths of the chunks that are not empty."""
+    chunk = _chunk(length, parts)
+    return {chunk, length % chunk} - {0} if chunk else set()
+
+
+def _in_split_order(placements: Sequence[Placement]) -> list[int]:
+    """Mesh dims in the order in which they cut.
+
+    From left to right; but tensor parallel cuts before FSDP although it stands behind it in the
+    mesh, which FSDP tells by marking its own placement as strided.
+    """
+    strided = [dim for dim, p in enumerate(placements) if isinstance(p, _StridedShard)]
+    return [dim for dim in range(len(placements)) if dim not in strided] + strided[::-1]
 
 
 def _local(tensor: Tensor) -> Tensor:
