@@ -63,7 +63,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def explain(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print how every parameter of the config's model is cut in blocks; no weights are made."""
     loaded = load_config(config, overrides or [])
-    from amsf_dist import explain as explain_blocks
+    from amsf_dist.audit import explain as explain_blocks
     from amsf_dist.train.model import build_model, model_config
     from amsf_dist.train.optimizers import check_amsf
     from amsf_dist.train.preflight import quiet_libraries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -99,9 +99,13 @@ class Hyper:
                 raise TypeError(f"AMSF has no argument {key!r}; {hint}")
         return cls(**options)
 
+    def as_given(self) -> dict[str, Any]:
+        """The fields, not copied: an lr tensor stays the user's handle."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def as_group(self) -> dict[str, Any]:
         """The fields as a parameter group carries them, `max_lr` filled in where it is used."""
-        group = {**asdict(self), "lr": self.lr}  # a tensor is the user's handle: no copy of it
+        group = self.as_given()
         if self.decouple_lr and self.max_lr is None:
             group["max_lr"] = float(self.lr)
         return group

@@ -58,6 +58,8 @@ def load(
             _copy(holding, state[holding.param], entries)
         elif holding.layout.numel:
             logger.warning("%s: no saved state, it starts anew", holding.name or "a parameter")
+            for value in state[holding.param].values():
+                value.zero_()
     _count_along(holdings, state, saved)
     for group, changes in zip(groups, options, strict=True):
         group.update(copy.deepcopy(changes))
@@ -148,6 +150,7 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
     torch's own loading would cast state to the parameter's dtype: fp32 moments of bf16 weights
     would come back rounded.
     """
+    stash = saved.get(STASH)
     for key, value in ours.items():
         if key == MOMENT and holding.layout.flat:
             kernels.gather_(holding, saved[key].to(value).view(-1))
@@ -156,9 +159,9 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
         elif key != STASH:
             copy_into(value, saved[key])
     ours.pop(STASH, None)
-    if STASH in saved:
+    if stash is not None:
         ours[STASH] = torch.empty_like(holding.param, requires_grad=False)
-        copy_into(ours[STASH], saved[STASH])
+        copy_into(ours[STASH], stash)
 
 
 def _by_block(holding: Holding, saved: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ class AMSF(Optimizer):
         if isinstance(params, nn.Module):
             self._facts, self._flats = read_architecture(params), flats_of(params)
             params = groups.trainable(params)
-        super().__init__(params, {**asdict(hyper), "train_mode": True})
+        super().__init__(params, {**hyper.as_given(), "train_mode": True})
         self._warn_unmatched()
         self._ready()
 
@@ -194,15 +193,21 @@ class AMSF(Optimizer):
                     kernels.sum_of_squares(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._count_skipped(finite)
+        moving = any(h.param.grad is not None for h in current.holdings)
         for lane in current.lanes:  # move
-            self._move(lane, finite[lane.device], sums.everyone_knows)
+            self._move(lane, finite[lane.device], sums.everyone_knows, moving)
 
-    def _move(self, lane: plan.Lane, finite: Tensor, everyone_knows: bool) -> None:
+    def _move(self, lane: plan.Lane, finite: Tensor, everyone_knows: bool, moving: bool) -> None:
         stepping = [h for h in lane.holdings if h.param.grad is not None]
         # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
-        absent = [h for h in lane.holdings if h.param.grad is None and not h.layout.numel]
+        absent = [
+            h
+            for h in lane.holdings
+            if h.param.grad is None and h.layout.flat and not h.layout.numel
+        ]
         on_host = plan.on_host(lane.device)
-        if not (stepping or len(absent) == len(lane.holdings)):
+        counts = moving and lane.rule.ticks_without_gradient
+        if not (stepping or counts or len(absent) == len(lane.holdings)):
             return
         if on_host and everyone_knows and not finite:
             return

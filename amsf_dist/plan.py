@@ -177,7 +177,7 @@ def _hold(
 def _drop_replaced(groups: Sequence[dict[str, Any]], state: _State) -> None:
     present = {param for group in groups for param in group["params"]}
     for param in [param for param in state if param not in present]:
-        if float(state[param].get("step", 0.0)) > 0.0:
+        if states.number(state[param].get("step")) > 0.0:
             raise RuntimeError(
                 f"a trained parameter of shape {tuple(param.shape)} is no longer in the groups: "
                 "the model was wrapped, or loaded with assign=True, after training began; save the "

@@ -12,7 +12,7 @@ from amsf_dist.rules import Rule
 from amsf_dist.shards import Layout
 from amsf_dist.storage import Storage
 
-__all__ = ["MOMENT", "STASH", "Counters", "create"]
+__all__ = ["MOMENT", "STASH", "Counters", "create", "number"]
 
 MOMENT = "exp_avg_sq"
 STASH = "y"
@@ -37,7 +37,7 @@ class Counters:
         """
         self.values = {
             name: torch.tensor(
-                [_number(state.get(name)) for state in states],
+                [number(state.get(name)) for state in states],
                 dtype=torch.float64,
                 device=device,
             )
@@ -48,7 +48,8 @@ class Counters:
                 state[name] = vector[index]
 
 
-def _number(counter: Tensor | None) -> float:
+def number(counter: Tensor | None) -> float:
+    """A counter's value; 0 before it exists, and on the meta device."""
     return 0.0 if counter is None or counter.is_meta else float(counter)
 
 

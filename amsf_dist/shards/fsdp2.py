@@ -47,7 +47,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
 
     # a mesh dim of one rank cuts nothing, but may name a dim that the vector does not have
     vector_placements = [
-        Replicate() if p.is_replicate() or dim in cut or p.dim >= len(vector) else p
+        Replicate() if dim in cut or not isinstance(p, _SHARDS) or p.dim >= len(vector) else p
         for dim, p in enumerate(placements)
     ]
     vector_offsets, vector_lengths = _box(vector, mesh, vector_placements)

@@ -56,7 +56,7 @@ class Run:
 
     @property
     def whole(self) -> bool:
-        """Whether every block it touches lies in it entirely."""
+        """Whether it begins and ends where blocks do."""
         return self.phase == 0 and self.numel % self.block_numel == 0
 
     def sections(self) -> Iterator[Section]:
