@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Mapping
@@ -100,8 +101,9 @@ class Hyper:
         return cls(**options)
 
     def as_given(self) -> dict[str, Any]:
-        """The fields, not copied: an lr tensor stays the user's handle."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields: an lr tensor stays the user's handle, rules for blocks become our own."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**given, "blocks": copy.deepcopy(self.blocks)}
 
     def as_group(self) -> dict[str, Any]:
         """The fields as a parameter group carries them, `max_lr` filled in where it is used."""

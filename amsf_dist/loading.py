@@ -58,6 +58,7 @@ def load(
             _copy(holding, state[holding.param], entries)
         elif holding.layout.numel:
             logger.warning("%s: no saved state, it starts anew", holding.name or "a parameter")
+            state[holding.param].pop(STASH, None)
             for value in state[holding.param].values():
                 value.zero_()
     _count_along(holdings, state, saved)

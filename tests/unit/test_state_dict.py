@@ -348,6 +348,19 @@ def test_a_parameter_without_saved_state_starts_anew_and_is_named(
     fit(model, optimizer, 1)
 
 
+def test_a_parameter_without_saved_state_keeps_its_weights_in_eval_mode() -> None:
+    _, source = trained(3)
+    source.eval()
+    saved = copy.deepcopy(source.state_dict())
+    del saved["state"][0]
+    model, optimizer = trained(2)
+    optimizer.eval()
+    average = model.embed_tokens.weight.detach().clone()
+    optimizer.load_state_dict(saved)
+    optimizer.train()
+    assert_same_bits(model.embed_tokens.weight.detach(), average)
+
+
 def test_parameters_replaced_after_training_are_named() -> None:
     """model.load_state_dict(assign=True), or a wrapper, put new parameters into the groups."""
     model, optimizer = trained(2)
