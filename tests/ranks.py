@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 20
+TIMEOUT_SECONDS = 120
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
