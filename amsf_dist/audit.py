@@ -16,7 +16,7 @@ from amsf_dist.groups import cut_lines, trainable
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
 from amsf_dist.rules import RULES
-from amsf_dist.shards import Layout, flats_of, locate
+from amsf_dist.shards import Layout, flats_of, locate, on_paper
 from amsf_dist.state import STASH
 from amsf_dist.storage import state_storage
 
@@ -90,11 +90,15 @@ class Explanation:
         return _table([head, *body, total], right=(2, 4, 5))
 
 
-def explain(model: nn.Module, **amsf_kwargs: Any) -> Explanation:
+def explain(
+    model: nn.Module, *, mesh: int | Sequence[int] | None = None, **amsf_kwargs: Any
+) -> Explanation:
     """How `AMSF(model, **amsf_kwargs)` would cut every trainable parameter. Allocates nothing.
 
     Args:
         model: plain, on the meta device, or sharded (then "cut" and the bytes are this rank's).
+        mesh: for a plain model: what would be cut, and what the first rank would hold, if FSDP2
+            sharded it over so many ranks (or (replicas, ranks) for HSDP). Needs no processes.
         **amsf_kwargs: arguments of `AMSF`.
 
     Raises:
@@ -114,9 +118,14 @@ def explain(model: nn.Module, **amsf_kwargs: Any) -> Explanation:
     for (_, param), parts in zip(
         named, cut_lines(group, read_architecture(model), flats), strict=True
     ):
-        on_paper = torch.empty(1, dtype=param.dtype, device="meta")
-        entries = state_storage(storage, param.dtype).allocate("line", on_paper).values()
-        rows += _rows(locate(parts, param, flats), param, len(lines) * sum(map(_bytes, entries)))
+        one = torch.empty(1, dtype=param.dtype, device="meta")
+        entries = state_storage(storage, param.dtype).allocate("line", one).values()
+        if mesh is None:
+            layout = locate(parts, param, flats)
+        else:
+            (part,) = parts
+            layout = on_paper(part, [mesh] if isinstance(mesh, int) else mesh)
+        rows += _rows(layout, param, len(lines) * sum(map(_bytes, entries)))
     return Explanation(tuple(rows))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -108,8 +109,10 @@ class AMSF(Optimizer):
         self._parts: list[list[tuple[Part, ...]]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
+        self._unproven: Callable[[], nn.Module | None] | None = None
         if isinstance(params, nn.Module):
             self._facts, self._flats = read_architecture(params), flats_of(params)
+            self._unproven = weakref.ref(params)
             params = groups.trainable(params)
         super().__init__(params, {**hyper.as_given(), "train_mode": True})
         self._warn_unmatched()
@@ -170,13 +173,15 @@ class AMSF(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: the parameters hold the average (after `eval`), or a gradient is sparse.
+            RuntimeError: the parameters hold the average (after `eval`), a gradient is sparse, or
+                the model got other parameters since the optimizer was built.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._refuse_unusable_gradients()
+        self._refuse_replaced_parameters()
         self.update(self._ready())
         return loss
 
@@ -207,7 +212,8 @@ class AMSF(Optimizer):
         ]
         on_host = plan.on_host(lane.device)
         counts = moving and lane.rule.ticks_without_gradient
-        if not (stepping or counts or len(absent) == len(lane.holdings)):
+        elsewhere = lane.group["train_mode"] and len(absent) == len(lane.holdings)
+        if not (stepping or counts or elsewhere):
             return
         if on_host and everyone_knows and not finite:
             return
@@ -226,6 +232,13 @@ class AMSF(Optimizer):
     def skipped_steps(self) -> int:
         """Steps in which a gradient was not finite. Reading it waits for the device."""
         return int(self._skipped)
+
+    def _refuse_replaced_parameters(self) -> None:
+        """Once, before the first step: wrapping a model may give it parameters we do not know."""
+        model = self._unproven() if self._unproven else None
+        self._unproven = None
+        if model is not None:
+            groups.refuse_replaced(model, self.param_groups)
 
     def _refuse_unusable_gradients(self) -> None:
         """Raise before anything has changed."""
@@ -343,5 +356,6 @@ class AMSF(Optimizer):
         """Come back from pickle or deepcopy; the plan is made when it is needed."""
         self._plan = None
         self._skipped = 0
+        self._unproven = None
         self._flats = {}  # process groups do not travel
         super().__setstate__(state)

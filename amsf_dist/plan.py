@@ -139,7 +139,7 @@ def build(
 
 def _signature(groups: Sequence[dict[str, Any]], state: _State) -> tuple[object, ...]:
     return tuple(
-        (id(param), param.device, param.requires_grad, id(state.get(param)))
+        (id(param), param.shape, param.device, param.requires_grad, id(state.get(param)))
         for group in groups
         for param in group["params"]
     )

@@ -28,11 +28,13 @@ class _Collective:
         axis: the ranks.
         numel: floats, without the one that tells whether all is finite.
         takes: per buffer (positions in the buffer, positions in the payload), int64.
+        share: [numel] what of its sums a rank sends: 1 / replicas, as all of them send the same.
     """
 
     axis: Axis
     numel: int
     takes: list[tuple[Tensor, Tensor]]
+    share: Tensor
 
 
 class BlockSums:
@@ -84,6 +86,7 @@ class BlockSums:
             payload = torch.zeros(collective.numel + 1, dtype=dtype, device=device)
             for buffer, (places, slots) in zip(self._buffers, collective.takes, strict=True):
                 payload.index_copy_(0, slots, buffer.index_select(0, places).to(device, dtype))
+            payload[:-1] *= collective.share.to(dtype)
             payload[-1:] = _sum_on(device, doubt)
             dist.all_reduce(payload, group=collective.axis.group)
             for buffer, (places, slots) in zip(self._buffers, collective.takes, strict=True):
@@ -99,15 +102,17 @@ def _collectives(
     axes: dict[str, Axis] = {}
     numel: dict[str, int] = {}
     takes: dict[str, list[tuple[list[int], list[int]]]] = {}
+    share: dict[str, list[float]] = {}
     for holding, (number, start) in zip(holdings, starts, strict=True):
         for cut in holding.layout.cuts:
             name = cut.axis.group.group_name
             if name not in axes:
-                axes[name], numel[name] = cut.axis, 0
+                axes[name], numel[name], share[name] = cut.axis, 0, []
                 takes[name] = [([], []) for _ in buffers]
             places, slots = takes[name][number]
             places.extend(start + index for index in cut.sums)
             slots.extend(numel[name] + slot for slot in cut.slots)
+            share[name].extend([1.0 / cut.axis.replicas] * cut.num_slots)
             numel[name] += cut.num_slots
     return [
         _Collective(
@@ -120,6 +125,7 @@ def _collectives(
                 )
                 for buffer, (places, slots) in zip(buffers, takes[name], strict=True)
             ],
+            torch.tensor(share[name], dtype=torch.float64, device=axis.device_type),
         )
         for name, axis in axes.items()
     ]

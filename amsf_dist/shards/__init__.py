@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat
-from amsf_dist.shards.fsdp2 import copy_into, fsdp2, whole
+from amsf_dist.shards.fsdp2 import copy_into, fsdp2, on_paper, whole
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.replicated import replicated
 
@@ -22,6 +22,7 @@ __all__ = [
     "copy_into",
     "flats_of",
     "locate",
+    "on_paper",
     "parameters_in",
     "whole",
 ]
@@ -65,6 +66,7 @@ def locate(parts: Sequence[Part], param: Tensor, flats: Flats) -> Layout:
         flats: from `flats_of`.
     """
     if is_flat(param):
+        parameters_in(parts[0].name, param, flats)  # raises when no module told of it
         return flat_layout(parts, flats[param])
     (part,) = parts
     if isinstance(param, DTensor):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,7 +23,7 @@ from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.runs import box_runs, local_blocks
 from amsf_dist.shards.vector import line_shape, vector_shape
 
-__all__ = ["copy_into", "cut_mesh_dims", "fsdp2", "whole"]
+__all__ = ["copy_into", "cut_mesh_dims", "fsdp2", "on_paper", "whole"]
 
 _SHARDS = (Shard, _StridedShard)
 
@@ -67,7 +69,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
         )
 
     axes = {
-        dim: Axis(mesh.get_group(dim), mesh.size(dim), mesh.device_type)
+        dim: _axis(mesh, dim, placements)
         for dim, placement in enumerate(placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     }
@@ -80,6 +82,75 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
         local=_local,
         as_state=as_state,
     )
+
+
+def on_paper(
+    part: Part, mesh_shape: Sequence[int], placements: Sequence[Placement] | None = None
+) -> Layout:
+    """What the first rank of a mesh would hold; no processes are needed.
+
+    Args:
+        part: the parameter.
+        mesh_shape: ranks per mesh dim.
+        placements: per mesh dim; None: as FSDP2 does, rows over the last mesh dim, replicas over
+            those before it.
+    """
+    blocks = part.blocks
+    if placements is None:
+        rows = Shard(0) if part.shape else Replicate()
+        placements = [*(Replicate() for _ in mesh_shape[1:]), rows]
+    placements = _in_line_order(part.name, placements, blocks)
+    line, vector = line_shape(part.shape, blocks), vector_shape(part.shape, blocks)
+    cut = cut_mesh_dims(line, mesh_shape, placements, blocks)
+
+    def first_box(shape: Sequence[int], left_whole: Sequence[int]) -> list[int]:
+        lengths = list(shape)
+        for mesh_dim, placement in enumerate(placements):
+            if isinstance(placement, _SHARDS) and mesh_dim not in left_whole:
+                if placement.dim < len(lengths):
+                    lengths[placement.dim] = -(-lengths[placement.dim] // mesh_shape[mesh_dim])
+        return lengths
+
+    lengths, vector_lengths = first_box(line, ()), first_box(vector, cut)
+    runs = local_blocks(
+        box_runs(line, [0] * len(line), lengths, blocks.block_numel),
+        vector,
+        [0] * len(vector),
+        vector_lengths,
+    )
+    num_blocks = math.prod(vector_lengths)
+    return Layout((Piece(part, runs, 0, num_blocks, cut_blocks=num_blocks if cut else 0),))
+
+
+def _axis(mesh: DeviceMesh, dim: int, placements: Sequence[Placement]) -> Axis:
+    """The ranks over which a mesh dim spreads a parameter, its replicas (HSDP) included.
+
+    Each replica could add up its own shards. But two collectives may round differently, and then
+    replicas would drift apart for ever; the results of one collective are the same everywhere.
+    """
+    replicating = [
+        left for left in range(dim) if placements[left].is_replicate() and mesh.size(left) > 1
+    ]
+    if not replicating:
+        return Axis(mesh.get_group(dim), mesh.size(dim), mesh.device_type)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    here = tuple(
+        slice(None) if other in (*replicating, dim) else index
+        for other, index in enumerate(coordinate)
+    )
+    ranks = tuple(sorted(mesh.mesh[here].flatten().tolist()))
+    replicas = math.prod(mesh.size(left) for left in replicating)
+    return Axis(_group_of(ranks, dist.group.WORLD), len(ranks), mesh.device_type, replicas)
+
+
+@cache
+def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A process group of these ranks, the same one for all parameters."""
+    if len(ranks) == world.size():
+        return world
+    group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    return group
 
 
 def copy_into(ours: Tensor, saved: Any) -> None:

@@ -27,11 +27,13 @@ class Axis:
         group: process group; None where there are no processes (a plan on paper).
         size: ranks in it.
         device_type: where its collectives want their tensors (the parameters may be offloaded).
+        replicas: how many of the ranks hold the same part.
     """
 
     group: Any
     size: int
     device_type: str
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
