@@ -56,6 +56,7 @@ class Hyper:
     state_storage: str = "auto"
     lr_adaptation: str | None = None
     seed: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -69,8 +70,9 @@ class Hyper:
         _whole("seed", self.seed, low=0)
         if self.head_dim is not None:
             _whole("head_dim", self.head_dim, low=1)
-        if not isinstance(self.decouple_lr, bool):
-            raise TypeError(f"decouple_lr must be True or False, got {self.decouple_lr!r}")
+        for switch in ("decouple_lr", "deterministic"):
+            if not isinstance(value := getattr(self, switch), bool):
+                raise TypeError(f"{switch} must be True or False, got {value!r}")
         if self.max_lr is not None:
             _number("max_lr", self.max_lr, low=0.0, open_low=True)
         elif self.decouple_lr and not float(self.lr) > 0.0:

@@ -22,7 +22,15 @@ __all__ = ["load"]
 logger = logging.getLogger(__name__)
 
 # Fixed when a group is made: they decide what the state looks like; loading leaves them alone.
-_STRUCTURE = ("averaging", "blocks", "head_dim", "weight_storage", "state_storage", "seed")
+_STRUCTURE = (
+    "averaging",
+    "blocks",
+    "head_dim",
+    "weight_storage",
+    "state_storage",
+    "seed",
+    "deterministic",
+)
 
 
 def load(

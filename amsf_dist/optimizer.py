@@ -54,6 +54,8 @@ class AMSF(Optimizer):
         state_storage: "auto" and "fp32", or "bf16".
         lr_adaptation: None.
         seed: of stochastic rounding.
+        deterministic: block moments with the same bits for any number of ranks that see the same
+            gradients, for a second pass over them and a second all-reduce (amsf_dist/exact.py).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message has its range and the cure.
@@ -82,6 +84,7 @@ class AMSF(Optimizer):
         state_storage: str = "auto",
         lr_adaptation: str | None = None,
         seed: int = 0,
+        deterministic: bool = False,
     ) -> None:
         """See the class."""
         hyper = Hyper(
@@ -102,6 +105,7 @@ class AMSF(Optimizer):
             state_storage=state_storage,
             lr_adaptation=lr_adaptation,
             seed=seed,
+            deterministic=deterministic,
         )
         block_rules.check(blocks)
         self._facts: dict[str, Facts] = {}
@@ -195,7 +199,7 @@ class AMSF(Optimizer):
         for lane in current.lanes:  # measure what this rank can see
             for holding in lane.holdings:
                 if holding.param.grad is not None:
-                    kernels.sum_of_squares(holding)
+                    sums.measure(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._count_skipped(finite)
         moving = any(h.param.grad is not None for h in current.holdings)

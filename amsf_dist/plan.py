@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from amsf_dist import state as states
+from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import names_of
 from amsf_dist.kernels import Holding
 from amsf_dist.kernels.holding import Line
@@ -133,7 +134,8 @@ def build(
             own = [state[holding.param] for holding in holdings]
             lanes.append(Lane(group, rule, device, holdings, states.Counters(rule, own, device)))
     plan = Plan(lanes, BlockSums(()), _signature(groups, state))
-    plan.sums = BlockSums(plan.holdings)
+    exact = any(group["deterministic"] for group in groups)
+    plan.sums = (ExactBlockSums if exact else BlockSums)(plan.holdings)
     return plan
 
 

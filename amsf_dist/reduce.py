@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from amsf_dist import kernels
 from amsf_dist.kernels import Holding
 from amsf_dist.shards import Axis
 
@@ -28,13 +29,26 @@ class _Collective:
         axis: the ranks.
         numel: floats, without the one that tells whether all is finite.
         takes: per buffer (positions in the buffer, positions in the payload), int64.
-        share: [numel] what of its sums a rank sends: 1 / replicas, as all of them send the same.
+        replicas: [numel] how many ranks send the same sum.
     """
 
     axis: Axis
     numel: int
     takes: list[tuple[Tensor, Tensor]]
-    share: Tensor
+    replicas: Tensor
+
+    def gather(self, buffers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """[numel + 1] payload with this rank's sums in it, zero elsewhere."""
+        device = torch.device(self.axis.device_type)
+        payload = torch.zeros(self.numel + 1, dtype=dtype, device=device)
+        for buffer, (places, slots) in zip(buffers, self.takes, strict=True):
+            payload.index_copy_(0, slots, buffer.index_select(0, places).to(device, dtype))
+        return payload
+
+    def scatter(self, payload: Tensor, buffers: Sequence[Tensor]) -> None:
+        """Write the reduced sums back."""
+        for buffer, (places, slots) in zip(buffers, self.takes, strict=True):
+            buffer.index_copy_(0, places, payload.index_select(0, slots).to(buffer))
 
 
 class BlockSums:
@@ -53,8 +67,8 @@ class BlockSums:
         Args:
             holdings: same parameters in the same order on every rank.
         """
-        self._buffers, starts = _buffers(holdings)
-        self._collectives = _collectives(holdings, self._buffers, starts)
+        self._buffers, self._starts = _buffers(holdings)
+        self._collectives = _collectives(holdings, self._buffers, self._starts)
         self.num_collectives = len(self._collectives)
         self.num_floats = sum(collective.numel + 1 for collective in self._collectives)
         reached = {collective.axis.group.group_name for collective in self._collectives}
@@ -63,6 +77,10 @@ class BlockSums:
             for holding in holdings
             for axis in holding.layout.spread
         )
+
+    def measure(self, holding: Holding) -> None:
+        """Add what this rank sees of a gradient to the sums."""
+        kernels.sum_of_squares(holding)
 
     def clear(self) -> None:
         """Set every sum to zero."""
@@ -82,15 +100,11 @@ class BlockSums:
         if any(buffer.dtype == torch.float64 for buffer in self._buffers):
             dtype = torch.float64
         for collective in self._collectives:
-            device = torch.device(collective.axis.device_type)
-            payload = torch.zeros(collective.numel + 1, dtype=dtype, device=device)
-            for buffer, (places, slots) in zip(self._buffers, collective.takes, strict=True):
-                payload.index_copy_(0, slots, buffer.index_select(0, places).to(device, dtype))
-            payload[:-1] *= collective.share.to(dtype)
-            payload[-1:] = _sum_on(device, doubt)
+            payload = collective.gather(self._buffers, dtype)
+            payload[:-1] /= collective.replicas
+            payload[-1:] = _sum_on(payload.device, doubt)
             dist.all_reduce(payload, group=collective.axis.group)
-            for buffer, (places, slots) in zip(self._buffers, collective.takes, strict=True):
-                buffer.index_copy_(0, places, payload.index_select(0, slots).to(buffer))
+            collective.scatter(payload, self._buffers)
             doubt = [number.copy_(payload[-1]) for number in doubt]
         return {number.device: _sum_on(number.device, doubt).isfinite() for number in doubt}
 
@@ -102,17 +116,17 @@ def _collectives(
     axes: dict[str, Axis] = {}
     numel: dict[str, int] = {}
     takes: dict[str, list[tuple[list[int], list[int]]]] = {}
-    share: dict[str, list[float]] = {}
+    replicas: dict[str, list[int]] = {}
     for holding, (number, start) in zip(holdings, starts, strict=True):
         for cut in holding.layout.cuts:
             name = cut.axis.group.group_name
             if name not in axes:
-                axes[name], numel[name], share[name] = cut.axis, 0, []
+                axes[name], numel[name], replicas[name] = cut.axis, 0, []
                 takes[name] = [([], []) for _ in buffers]
             places, slots = takes[name][number]
             places.extend(start + index for index in cut.sums)
             slots.extend(numel[name] + slot for slot in cut.slots)
-            share[name].extend([1.0 / cut.axis.replicas] * cut.num_slots)
+            replicas[name].extend([cut.axis.replicas] * cut.num_slots)
             numel[name] += cut.num_slots
     return [
         _Collective(
@@ -125,7 +139,7 @@ def _collectives(
                 )
                 for buffer, (places, slots) in zip(buffers, takes[name], strict=True)
             ],
-            torch.tensor(share[name], dtype=torch.float64, device=axis.device_type),
+            torch.tensor(replicas[name], dtype=torch.int64, device=axis.device_type),
         )
         for name, axis in axes.items()
     ]

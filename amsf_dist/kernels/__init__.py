@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from amsf_dist.kernels.exact import add_scaled_squares, largest_square
 from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.reference import average_, gather_, move_, spread, sum_of_squares
+from amsf_dist.kernels.reference import average_, move_, sum_of_squares
+from amsf_dist.kernels.transfer import (
+    add_means,
+    gather_,
+    read_line,
+    spread,
+    take_means_,
+    write_line_,
+)
 
-__all__ = ["Holding", "average_", "gather_", "move_", "spread", "sum_of_squares"]
+__all__ = [
+    "Holding",
+    "add_means",
+    "add_scaled_squares",
+    "average_",
+    "gather_",
+    "largest_square",
+    "move_",
+    "read_line",
+    "spread",
+    "sum_of_squares",
+    "take_means_",
+    "write_line_",
+]

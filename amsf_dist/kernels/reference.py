@@ -7,23 +7,18 @@ is broadcast and never written out. Temporaries are a few tiles, whatever the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.tiles import flat_line, flat_lines, put_back, tiles
 from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Piece
 from amsf_dist.shards.runs import Section
 
-__all__ = ["average_", "gather_", "move_", "spread", "sum_of_squares"]
-
-# Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache;
-# on a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
-_TILE_NUMEL = {"cpu": 64 * 1024}
-_TILE_NUMEL_DEVICE = 16 * 1024 * 1024
+__all__ = ["average_", "move_", "sum_of_squares"]
 
 
 def sum_of_squares(holding: Holding) -> None:
@@ -34,8 +29,8 @@ def sum_of_squares(holding: Holding) -> None:
     """
     memory = holding.gradient
     for piece in holding.layout.pieces:
-        line = _line(memory, piece)
-        for tile in _tiles(piece, memory.device):
+        line = flat_line(memory, piece)
+        for tile in tiles(piece, memory.device):
             part = line[tile.start : tile.stop].to(holding.compute_dtype)
             if piece.part.elementwise:
                 holding.sums[piece.first_sum] += part.square().sum()
@@ -59,39 +54,16 @@ def move_(holding: Holding, c: Coefficients, finite: Tensor | None, by_block: bo
     for piece in holding.layout.pieces:
         # also where none of the piece's numbers lie here: its moments may be kept by all its ranks
         scaled = None if piece.part.elementwise else _scale_(holding, piece, c, finite, by_block)
-        weight, gradient_line = _line(memory, piece), _line(gradient, piece)
-        lines = _lines(holding, piece)
-        for tile in _tiles(piece, memory.device):
+        weight, gradient_line = flat_line(memory, piece), flat_line(gradient, piece)
+        lines = flat_lines(holding, piece)
+        for tile in tiles(piece, memory.device):
             _move_tile_(
                 holding, piece, tile, weight, gradient_line, lines, scaled, c, finite, by_block
             )
-        _put_back(memory, piece, weight)
+        put_back(memory, piece, weight)
         for line, tensors in zip(holding.lines, lines, strict=True):
             for tensor, flat in zip(line.tensors, tensors, strict=True):
-                _put_back(tensor, piece, flat)
-
-
-def spread(holding: Holding) -> Tensor:
-    """The block moments written out over the elements, laid out as this rank's memory."""
-    out = torch.zeros_like(holding.memory(holding.param), dtype=holding.exp_avg_sq.dtype)
-    for piece in holding.layout.pieces:
-        line = _line(out, piece)
-        for section in _sections(piece):
-            blocks = slice(section.first_block, section.first_block + section.num_blocks)
-            part = line[section.start : section.stop].view(section.num_blocks, -1)
-            part.copy_(holding.exp_avg_sq[blocks].view(-1, 1))
-        _put_back(out, piece, line)
-    return out
-
-
-def gather_(holding: Holding, spread_out: Tensor) -> None:
-    """Take the block moments back from what `spread` wrote: every block's first element here."""
-    for piece in holding.layout.pieces:
-        line = _line(spread_out, piece)
-        for section in _sections(piece):
-            blocks = slice(section.first_block, section.first_block + section.num_blocks)
-            part = line[section.start : section.stop].view(section.num_blocks, -1)
-            holding.exp_avg_sq[blocks].copy_(part[:, 0])
+                put_back(tensor, piece, flat)
 
 
 def average_(holding: Holding, out: Tensor, *, back: bool = False) -> None:
@@ -105,19 +77,14 @@ def average_(holding: Holding, out: Tensor, *, back: bool = False) -> None:
     memory, dtype = holding.memory(holding.param), holding.compute_dtype
     convert = holding.rule.to_y if back else holding.rule.to_x
     for piece in holding.layout.pieces:
-        weight, result = _line(memory, piece), _line(out, piece)
-        lines = _lines(holding, piece)
-        for tile in _tiles(piece, memory.device):
+        weight, result = flat_line(memory, piece), flat_line(out, piece)
+        lines = flat_lines(holding, piece)
+        for tile in tiles(piece, memory.device):
             span = slice(tile.start, tile.stop)
             values = _load(holding, lines, span)
             before = holding.weight_storage.load((weight,), span, dtype)
             holding.weight_storage.store((result,), span, convert(before, values, holding.group))
-        _put_back(out, piece, result)
-
-
-def _lines(holding: Holding, piece: Piece) -> tuple[tuple[Tensor, ...], ...]:
-    """Memory of the rule's lines, flat in line order."""
-    return tuple(tuple(_line(tensor, piece) for tensor in line.tensors) for line in holding.lines)
+        put_back(out, piece, result)
 
 
 def _load(
@@ -193,44 +160,3 @@ def _move_tile_(
     holding.weight_storage.store((weight,), span, moved.view(-1))
     for line, tensors, values in zip(holding.lines, lines, moved_lines, strict=True):
         line.storage.store(tensors, span, values.view(-1))
-
-
-def _sections(piece: Piece) -> Iterator[Section]:
-    return (section for run in piece.runs for section in run.sections())
-
-
-def _order(piece: Piece) -> tuple[int, ...] | None:
-    return piece.part.blocks.order
-
-
-def _tiles(piece: Piece, device: torch.device) -> Iterator[Section]:
-    """The piece's sections, cut to at most a tile: whole blocks together, or a part of one."""
-    tile_numel = _TILE_NUMEL.get(device.type, _TILE_NUMEL_DEVICE)
-    for section in _sections(piece):
-        numel = (section.stop - section.start) // section.num_blocks
-        if numel > tile_numel:
-            for block in range(section.num_blocks):
-                first = section.start + block * numel
-                for start in range(first, first + numel, tile_numel):
-                    stop = min(start + tile_numel, first + numel)
-                    yield Section(start, stop, section.first_block + block, 1)
-        else:
-            step = tile_numel // numel
-            for block in range(0, section.num_blocks, step):
-                count = min(step, section.num_blocks - block)
-                start = section.start + block * numel
-                yield Section(start, start + count * numel, section.first_block + block, count)
-
-
-def _line(memory: Tensor, piece: Piece) -> Tensor:
-    """Memory as the flat line the runs count in; a copy where the weight lies in another order."""
-    order = _order(piece)
-    return (memory if order is None else memory.permute(order)).reshape(-1)
-
-
-def _put_back(memory: Tensor, piece: Piece, line: Tensor) -> None:
-    """Write a line back when `_line` had to copy."""
-    if line.data_ptr() != memory.data_ptr():
-        order = _order(piece)
-        view = memory if order is None else memory.permute(order)
-        view.copy_(line.view(view.shape))

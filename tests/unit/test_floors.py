@@ -18,7 +18,18 @@ FLOORS = (
     ("rules", "hyper"),
     ("names", "architecture", "patterns", "blocks", "storage"),
     ("shards",),
-    ("kernels", "reduce", "state", "plan", "audit", "groups", "loading", "modes"),
+    (
+        "kernels",
+        "reduce",
+        "exact",
+        "state",
+        "plan",
+        "audit",
+        "groups",
+        "loading",
+        "modes",
+        "upstream",
+    ),
     ("optimizer",),
     ("release", "checkpoint", "precision"),
     ("integrations", "train"),
@@ -33,7 +44,7 @@ OPTIONAL = frozenset(
     "typer tqdm safetensors tokenizers".split()
 )
 DISTRIBUTED = "torch.distributed"
-MAY_BE_DISTRIBUTED = frozenset("shards reduce release checkpoint integrations train".split())
+MAY_BE_DISTRIBUTED = frozenset("shards reduce exact release checkpoint integrations train".split())
 
 
 def modules(package: Path) -> Iterator[tuple[str, Path]]:

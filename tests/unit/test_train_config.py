@@ -14,9 +14,9 @@ from amsf_dist.train import checkpoint, trackers
 from amsf_dist.train.config import AdamWConfig, Config
 from amsf_dist.train.config_file import load_config
 from amsf_dist.train.errors import UserError
-from amsf_dist.train.memory import adamw_fp32, largest_share, predict
+from amsf_dist.train.memory import largest_share, predict
 from amsf_dist.train.metrics import MetricsFile, read_metrics
-from amsf_dist.train.optimizers import check_amsf, warmup_cosine
+from amsf_dist.train.optimizers import adamw_fp32, check_amsf, warmup_cosine
 from amsf_dist.train.preflight import preflight
 from amsf_dist.train.report import human_bytes
 
@@ -80,10 +80,10 @@ def test_a_run_may_be_prolonged_unless_its_schedule_ends(tmp_path: Path) -> None
         saved = checkpoint.Checkpoint(Path("step"), 6, config.model_dump(), "sha")
         longer = load_config(path, [f"optimizer={optimizer}", "steps=12", "nproc=1"])
         if allowed:
-            checkpoint.check_resumable(saved, longer, "sha")
+            checkpoint.check_resumable(saved, longer)
         else:
             with pytest.raises(UserError, match="steps is 12, and step was trained with 6"):
-                checkpoint.check_resumable(saved, longer, "sha")
+                checkpoint.check_resumable(saved, longer)
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""How a kernel walks over the memory of a piece: flat in line order, in tiles of whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from amsf_dist.kernels.holding import Holding
+from amsf_dist.shards import Piece
+from amsf_dist.shards.runs import Section
+
+__all__ = ["flat_line", "flat_lines", "put_back", "sections", "tiles"]
+
+# Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache;
+# on a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
+_TILE_NUMEL = {"cpu": 64 * 1024}
+_TILE_NUMEL_DEVICE = 16 * 1024 * 1024
+
+
+def sections(piece: Piece) -> Iterator[Section]:
+    """Of the piece's runs, in memory order."""
+    return (section for run in piece.runs for section in run.sections())
+
+
+def tiles(piece: Piece, device: torch.device) -> Iterator[Section]:
+    """The piece's sections, cut to at most a tile: whole blocks together, or a part of one."""
+    tile_numel = _TILE_NUMEL.get(device.type, _TILE_NUMEL_DEVICE)
+    for section in sections(piece):
+        numel = (section.stop - section.start) // section.num_blocks
+        if numel > tile_numel:
+            for block in range(section.num_blocks):
+                first = section.start + block * numel
+                for start in range(first, first + numel, tile_numel):
+                    stop = min(start + tile_numel, first + numel)
+                    yield Section(start, stop, section.first_block + block, 1)
+        else:
+            step = tile_numel // numel
+            for block in range(0, section.num_blocks, step):
+                count = min(step, section.num_blocks - block)
+                start = section.start + block * numel
+                yield Section(start, start + count * numel, section.first_block + block, count)
+
+
+def flat_line(memory: Tensor, piece: Piece) -> Tensor:
+    """Memory as the flat line the runs count in; a copy where the weight lies in another order."""
+    order = piece.part.blocks.order
+    return (memory if order is None else memory.permute(order)).reshape(-1)
+
+
+def flat_lines(holding: Holding, piece: Piece) -> tuple[tuple[Tensor, ...], ...]:
+    """Memory of the rule's lines, flat in line order."""
+    return tuple(
+        tuple(flat_line(tensor, piece) for tensor in line.tensors) for line in holding.lines
+    )
+
+
+def put_back(memory: Tensor, piece: Piece, line: Tensor) -> None:
+    """Write a line back when `flat_line` had to copy."""
+    if line.data_ptr() != memory.data_ptr():
+        order = piece.part.blocks.order
+        view = memory if order is None else memory.permute(order)
+        view.copy_(line.view(view.shape))

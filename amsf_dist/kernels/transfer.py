@@ -1,0 +1,88 @@
+"""Moments and lines as plain numbers per element: what other optimizers and FSDP1 keep and want."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.tiles import flat_line, flat_lines, put_back, sections, tiles
+
+__all__ = ["add_means", "gather_", "read_line", "spread", "take_means_", "write_line_"]
+
+
+def spread(holding: Holding) -> Tensor:
+    """The block moments written out over the elements, laid out as this rank's memory."""
+    out = torch.zeros_like(holding.memory(holding.param), dtype=holding.exp_avg_sq.dtype)
+    for piece in holding.layout.pieces:
+        line = flat_line(out, piece)
+        for section in sections(piece):
+            blocks = slice(section.first_block, section.first_block + section.num_blocks)
+            part = line[section.start : section.stop].view(section.num_blocks, -1)
+            part.copy_(holding.exp_avg_sq[blocks].view(-1, 1))
+        put_back(out, piece, line)
+    return out
+
+
+def gather_(holding: Holding, spread_out: Tensor) -> None:
+    """Take the block moments back from what `spread` wrote: every block's first element here."""
+    for piece in holding.layout.pieces:
+        line = flat_line(spread_out, piece)
+        for section in sections(piece):
+            blocks = slice(section.first_block, section.first_block + section.num_blocks)
+            part = line[section.start : section.stop].view(section.num_blocks, -1)
+            holding.exp_avg_sq[blocks].copy_(part[:, 0])
+
+
+def add_means(holding: Holding, values: Tensor) -> None:
+    """Add this rank's share of the mean of every block to `holding.sums`; not for element blocks.
+
+    Args:
+        holding: whose blocks.
+        values: laid out as this rank's memory.
+    """
+    for piece in holding.layout.pieces:
+        if piece.part.elementwise:
+            continue
+        line = flat_line(values, piece)
+        # fp64, so that the mean of equal fp32 numbers is that number
+        means = torch.zeros(piece.num_sums, dtype=torch.float64, device=values.device)
+        for tile in tiles(piece, values.device):
+            part = line[tile.start : tile.stop].double().view(tile.num_blocks, -1)
+            first = tile.first_block - piece.first_block
+            means[first : first + tile.num_blocks] += part.sum(1)
+        sums = holding.sums[piece.first_sum : piece.first_sum + piece.num_sums]
+        sums += (means / piece.part.blocks.block_numel).to(sums.dtype)
+
+
+def take_means_(holding: Holding) -> None:
+    """Make the agreed means of `add_means` the block moments."""
+    for piece in holding.layout.pieces:
+        if not piece.part.elementwise:
+            moments = holding.exp_avg_sq[piece.first_block : piece.first_block + piece.num_blocks]
+            moments.copy_(holding.sums[piece.first_sum : piece.first_sum + piece.num_sums])
+
+
+def read_line(holding: Holding, index: int) -> Tensor:
+    """One of the rule's lines as plain numbers, a new tensor laid out as this rank's memory."""
+    out = torch.zeros_like(holding.memory(holding.param), dtype=holding.compute_dtype)
+    storage = holding.lines[index].storage
+    for piece in holding.layout.pieces:
+        numbers, tensors = flat_line(out, piece), flat_lines(holding, piece)[index]
+        for tile in tiles(piece, out.device):
+            span = slice(tile.start, tile.stop)
+            numbers[span].copy_(storage.load(tensors, span, out.dtype))
+        put_back(out, piece, numbers)
+    return out
+
+
+def write_line_(holding: Holding, index: int, values: Tensor) -> None:
+    """Store plain numbers, laid out as this rank's memory, in one of the rule's lines."""
+    storage = holding.lines[index].storage
+    for piece in holding.layout.pieces:
+        numbers, tensors = flat_line(values, piece), flat_lines(holding, piece)[index]
+        for tile in tiles(piece, values.device):
+            span = slice(tile.start, tile.stop)
+            storage.store(tensors, span, numbers[span])
+        for tensor, flat in zip(holding.lines[index].tensors, tensors, strict=True):
+            put_back(tensor, piece, flat)
