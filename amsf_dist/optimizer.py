@@ -17,6 +17,7 @@ from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.blocks import canonical_name
 from amsf_dist.hyper import Hyper
+from amsf_dist.kernels import Holding
 from amsf_dist.shards import Flats, Part, flats_of
 
 __all__ = ["AMSF"]
@@ -157,6 +158,16 @@ class AMSF(Optimizer):
             self._plan = plan.build(self.param_groups, self.state, self._parts, self._flats)
         assert self._plan is not None
         return self._plan
+
+    @property
+    def holdings(self) -> list[Holding]:
+        """What this rank holds of every tensor, and its state; for checkpoints and engines."""
+        return self._ready().holdings
+
+    @property
+    def parts(self) -> list[list[tuple[Part, ...]]]:
+        """Per group and tensor: the parameters in it and how they are cut."""
+        return self._parts
 
     def _warn_unmatched(self) -> None:
         names = [part.name for group in self._parts for parts in group for part in parts]

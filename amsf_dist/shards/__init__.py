@@ -11,6 +11,7 @@ from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat
 from amsf_dist.shards.fsdp2 import copy_into, fsdp2, on_paper, whole
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.replicated import replicated
+from amsf_dist.shards.vector import line_shape, vector_shape
 
 __all__ = [
     "Axis",
@@ -21,9 +22,11 @@ __all__ = [
     "Piece",
     "copy_into",
     "flats_of",
+    "line_shape",
     "locate",
     "on_paper",
     "parameters_in",
+    "vector_shape",
     "whole",
 ]
 

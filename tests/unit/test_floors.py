@@ -31,7 +31,7 @@ FLOORS = (
         "upstream",
     ),
     ("optimizer",),
-    ("release", "checkpoint", "precision"),
+    ("release", "checkpoint", "conversion", "precision"),
     ("integrations", "train"),
     ("cli", "__main__"),
 )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout
-from amsf_dist.shards.fsdp2 import cut_mesh_dims, fsdp2
+from amsf_dist.shards.fsdp2 import cut_mesh_dims, fsdp2, on_paper
 from amsf_dist.shards.layout import Axis, Layout, Part
 from amsf_dist.shards.replicated import replicated
 from amsf_dist.shards.runs import Run, box_runs, local_blocks
@@ -185,8 +187,21 @@ class Mesh:
     def get_coordinate(self) -> list[int]:
         return list(self.coordinate)
 
-    def get_group(self, dim: int) -> int:
-        return dim
+    @property
+    def mesh(self) -> Tensor:
+        return torch.arange(math.prod(self.shape)).view(self.shape)
+
+    def get_group(self, dim: int) -> tuple[int, ...]:
+        here = [slice(None) if d == dim else at for d, at in enumerate(self.coordinate)]
+        return tuple(self.mesh[tuple(here)].tolist())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def groups_are_the_ranks_in_them() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        module = sys.modules[fsdp2.__module__]  # the package has a function of the same name
+        patch.setattr(module, "_group_of", lambda ranks, world: ranks)
+        yield
 
 
 @dataclass(frozen=True)
@@ -317,19 +332,29 @@ def test_sums_added_over_the_cut_mesh_dims_are_the_sums_of_the_whole(
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-9, 9, (numel,), generator=generator)
     whole = values.view(-1, setting.part.blocks.block_numel).sum(1)
-    agreed: dict[tuple[int, ...], Tensor] = {}
-    for rank in setting.ranks():
-        layout = setting.layout(rank)
-        assert tuple(cut.axis.group for cut in layout.cuts) == setting.cut
-        sums = torch.zeros(layout.num_blocks, dtype=torch.int64)
+    ranks = list(setting.ranks())
+    layouts = [setting.layout(rank) for rank in ranks]
+    sums = []
+    for rank, layout in zip(ranks, layouts, strict=True):
+        here = torch.zeros(layout.num_blocks, dtype=torch.int64)
         line = setting.line_here(rank)
         for section in (s for piece in layout.pieces for r in piece.runs for s in r.sections()):
             part = values[line[section.start : section.stop]].view(section.num_blocks, -1)
-            sums[section.first_block : section.first_block + section.num_blocks] += part.sum(1)
-        together = tuple(0 if dim in setting.cut else at for dim, at in enumerate(rank))
-        agreed[together] = agreed.get(together, 0) + sums
-    for rank, sums in agreed.items():
-        assert torch.equal(sums, whole[setting.vector_here(rank)])
+            here[section.first_block : section.first_block + section.num_blocks] += part.sum(1)
+        sums.append(here)
+    for number in range(len(setting.cut)):
+        axes = [layout.cuts[number].axis for layout in layouts]
+        totals = []
+        for rank, axis in enumerate(axes):
+            assert rank in axis.group and len(axis.group) == axis.size
+            assert all(axes[other] == axis for other in axis.group)
+            total = sum(sums[other] for other in axis.group)
+            assert isinstance(total, Tensor) and not (total % axis.replicas).any()
+            totals.append(total // axis.replicas)
+        sums = totals
+    for rank, layout, here in zip(ranks, layouts, sums, strict=True):
+        assert len(layout.cuts) == len(setting.cut)
+        assert torch.equal(here, whole[setting.vector_here(rank)])
 
 
 @quick(120)
@@ -355,8 +380,16 @@ def test_no_mesh_dim_is_cut_exactly_when_every_block_is_whole_on_every_rank(
         assert of_one or groups
 
 
-# 10 rows in heads of 2: 4, 4 and 2 rows, and the last rank's 2 are cut once more. 7 rows: what torch
-# (2.13) itself takes for 2 x 3 strided shards is not what fully_shard puts there.
+@quick(80)
+@given(settings_on_meshes())
+def test_on_paper_it_looks_as_on_the_first_rank(setting: Setting) -> None:
+    (paper,) = on_paper(setting.part, setting.mesh, setting.placements).pieces
+    (first,) = setting.layout((0,) * len(setting.mesh)).pieces
+    assert paper == first
+
+
+# 10 rows in heads of 2: 4, 4 and 2 rows, and the last rank's 2 are cut once more. 7 rows: what
+# torch 2.13 takes for their 2 x 3 strided shards is not what fully_shard puts there.
 @example(Setting(Part("w", (10, 3), Blocks("head", 6)), (3, 2), (Shard(0), Shard(0))))
 @example(
     Setting(

@@ -1,0 +1,81 @@
+"""A full state dict from one engine, made to fit another.
+
+State is the same everywhere but for one form: FSDP1 can only save and load state that is as large
+as its parameter, so under it block moments stand once per element, elsewhere once per block.
+torch's loading functions look at shapes before our optimizer sees the state dict; this comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from amsf_dist.blocks import canonical_name
+from amsf_dist.optimizer import AMSF
+from amsf_dist.shards import Part, line_shape, vector_shape
+from amsf_dist.state import MOMENT
+
+__all__ = ["convert_state_dict"]
+
+
+def convert_state_dict(state_dict: Mapping[str, Any], optimizer: AMSF) -> dict[str, Any]:
+    """Give a full optimizer state dict the form that the optimizer's engine loads.
+
+    Args:
+        state_dict: whole tensors, keyed by parameter name, as `get_optimizer_state_dict` with
+            `full_state_dict=True` and `FSDP.optim_state_dict` give it, or by number with
+            "param_names" in its groups. Empty on ranks that receive theirs by broadcast.
+        optimizer: that will load it: under FSDP1, or anything else.
+
+    Returns:
+        A new state dict; only block moments of another form are new tensors.
+
+    Raises:
+        ValueError: a moment has neither form, so it was saved with other blocks or another model.
+    """
+    if not state_dict:
+        return {}
+    parts = {part.name: part for group in optimizer.parts for held in group for part in held}
+    flat = any(holding.layout.flat for holding in optimizer.holdings)
+    names = _names(state_dict)
+    state = {
+        key: _converted(names[key], parts[names[key]], entries, flat)
+        if names.get(key) in parts
+        else entries
+        for key, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _names(state_dict: Mapping[str, Any]) -> dict[Any, str]:
+    """Key in "state" -> parameter name."""
+    names: dict[Any, str] = {}
+    for group in state_dict["param_groups"]:
+        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+    names.update((key, key) for key in state_dict["state"] if isinstance(key, str))
+    return {key: canonical_name(name) for key, name in names.items()}
+
+
+def _converted(name: str, part: Part, entries: Mapping[str, Any], flat: bool) -> dict[str, Any]:
+    if MOMENT not in entries:
+        return dict(entries)
+    moment: Tensor = entries[MOMENT]
+    vector, shape = vector_shape(part.shape, part.blocks), tuple(moment.shape)
+    if shape not in (vector, part.shape):
+        raise ValueError(
+            f"{name}: {MOMENT!r} was saved with shape {shape}, neither {vector} (per block) nor "
+            f"{part.shape} (per element); build the optimizer with the blocks= of then"
+        )
+    line, order = line_shape(part.shape, part.blocks), part.blocks.order
+    if flat and shape == vector:
+        moment = moment.reshape(-1, 1).expand(part.num_blocks, part.blocks.block_numel)
+        moment = moment.reshape(line)
+        if order is not None:
+            moment = moment.permute([order.index(dim) for dim in range(len(order))])
+    elif not flat and shape != vector:
+        moment = moment if order is None else moment.permute(order)
+        moment = moment.reshape(part.num_blocks, -1)[:, 0].reshape(vector)
+    # a broadcast reads memory as it lies, also where a view repeats or skips it
+    return {**entries, MOMENT: moment.contiguous()}
