@@ -1,0 +1,6 @@
+"""The runnable job: `amsf train` from a config file to a model directory.
+
+The order to read it in: `config` (what can be said), `job` (what happens), `loop` (one step),
+`parallel` (who holds what). Everything else is a noun that `job` uses: text, tokens, batches,
+model, optimizers, checkpoint, evaluation, export, report, charts, launch, signals.
+"""

@@ -1,0 +1,166 @@
+"""The steps: forward, backward, clip, move; evaluate, save, and stop when asked to."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from amsf_dist.train import checkpoint
+from amsf_dist.train.batches import TrainBatches
+from amsf_dist.train.config import Config
+from amsf_dist.train.errors import UserError
+from amsf_dist.train.evaluation import Validation, evaluate, sequence_losses
+from amsf_dist.train.optimizers import evaluation_weights, set_learning_rate
+from amsf_dist.train.parallel import World, arithmetic, gradient_sync
+from amsf_dist.train.report import Report
+from amsf_dist.train.signals import StopRequest
+from amsf_dist.train.tokens import Tokens
+
+__all__ = ["MAX_SKIPPED", "Run", "train"]
+
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which there is no hope
+
+
+@dataclass
+class Run:
+    """Everything one training run holds.
+
+    Attributes:
+        config: of this run.
+        world: this process among the others.
+        model: on its device, sharded or copied.
+        optimizer: over the model's parameters.
+        tokens: training and held-out text.
+        tokenizer: counts bytes, and goes into the export.
+        report: what is told while it trains.
+        stop: whether someone asked to stop.
+        directory: `output_dir`.
+    """
+
+    config: Config
+    world: World
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    tokens: Tokens
+    tokenizer: PreTrainedTokenizerBase
+    report: Report
+    stop: StopRequest
+    directory: Path
+
+    def validate(self) -> Validation:
+        """Evaluate at x; every process must call it."""
+        with evaluation_weights(self.optimizer):
+            return evaluate(
+                self.model, self.tokens.validation, self.tokenizer, self.config, self.world
+            )
+
+    def save(self, step: int) -> Path:
+        """Save the state after `step` steps; every process must call it."""
+        return checkpoint.save(
+            self.directory / "checkpoints",
+            step,
+            self.model,
+            self.optimizer,
+            self.config,
+            self.tokens.sha256,
+            self.world,
+        )
+
+
+def train(run: Run, first_step: int) -> tuple[int, str | None]:
+    """Train from step `first_step` to the end of the config, or until asked to stop.
+
+    The state after the last step is saved in both cases.
+
+    Returns:
+        Steps done, and what asked to stop (None: nothing did).
+
+    Raises:
+        UserError: if the gradients stay without finite values.
+    """
+    config = run.config
+    batches = TrainBatches(
+        run.tokens.train, config.data.sequence_length, config.global_batch_size, config.seed
+    )
+    skipped, skipped_in_a_row = 0, 0
+    done, reason = first_step, None
+    while done < config.steps and reason is None:
+        start = time.perf_counter()
+        loss, norm = _step(run, batches, done)
+        # One small reduction settles what all must see alike: the loss, and whether to stop.
+        total, asked = run.world.sum([loss, float(run.stop.reason() is not None)])
+        done += 1
+        skipped_in_a_row = 0 if np.isfinite(norm) else skipped_in_a_row + 1
+        skipped += skipped_in_a_row > 0
+        run.report.step(
+            done,
+            time.perf_counter() - start,
+            loss=total / run.world.size,
+            grad_norm=norm,
+            lr=float(run.optimizer.param_groups[0]["lr"]),
+            skipped_steps=skipped,
+        )
+        if skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"step {done}: no finite gradient in {MAX_SKIPPED} steps; lower the learning rate, "
+                "raise the warmup, or continue from the last checkpoint with another output_dir"
+            )
+        if asked:
+            reason = run.world.broadcast(run.stop.reason()) or "another process"
+        elif done % config.eval_every == 0 and done < config.steps:
+            run.report.validation(done, run.validate())
+        if asked or done % config.save_every == 0 or done == config.steps:
+            run.save(done)
+    return done, reason
+
+
+def _step(run: Run, batches: TrainBatches, step: int) -> tuple[float, float]:
+    """Do one optimizer step, or skip it on every process if its gradient is not finite.
+
+    Returns:
+        Mean loss of this process's sequences, and the norm of the whole gradient before clipping.
+    """
+    config, world = run.config, run.world
+    micro_batches = config.accumulation(world.size)
+    size = config.global_batch_size // (world.size * micro_batches)
+    # Dropout draws from here: no generator state needs to be saved for a run to resume exactly.
+    seed = np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed >> np.uint64(1)))
+    set_learning_rate(run.optimizer, config, step)
+    loss = torch.zeros((), device=world.device)
+    for micro_batch in range(micro_batches):
+        first = (micro_batch * world.size + world.rank) * size
+        windows = batches.micro_batch(step, first, size).to(world.device)
+        with gradient_sync(run.model, micro_batch == micro_batches - 1, config):
+            with arithmetic(config, world):
+                part = sequence_losses(run.model, windows).mean() / micro_batches
+            part.backward()
+        loss += part.detach()
+    norm = _clip(run.model, config.max_grad_norm)
+    if np.isfinite(norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return float(loss), norm
+
+
+def _clip(model: nn.Module, max_norm: float | None) -> float:
+    """Clip, and return the norm before it: of the whole gradient, so the same on every process."""
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    factor = 1.0 if max_norm is None else max_norm / (float(norm) + 1e-6)
+    if factor < 1.0 and np.isfinite(factor):
+        torch._foreach_mul_([_local(grad) for grad in grads], factor)
+    return float(norm)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -1,0 +1,134 @@
+"""The optimizer of a config: AMSF at a constant learning rate, or AdamW under a cosine."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from amsf_dist.hyper import Hyper
+from amsf_dist.optimizer import AMSF
+from amsf_dist.train.config import AdamWConfig, Config
+from amsf_dist.train.errors import UserError
+
+__all__ = [
+    "FP32",
+    "LABELS",
+    "adamw_fp32",
+    "build_optimizer",
+    "check_amsf",
+    "evaluation_weights",
+    "local_elements",
+    "memory_by_owner",
+    "set_learning_rate",
+    "warmup_cosine",
+]
+
+LABELS = {"amsf": "AMSF", "adamw": "AdamW + cosine"}
+FP32 = 4  # bytes
+
+
+def check_amsf(options: dict[str, Any]) -> None:
+    """Check the arguments of AMSF without a model.
+
+    Raises:
+        UserError: naming the key, the value, the range and the cure.
+    """
+    try:
+        Hyper.of(options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"amsf: {error}") from None
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer for a model that is already on its device and sharded.
+
+    Raises:
+        UserError: if AMSF refuses an argument.
+    """
+    if config.optimizer == "amsf":
+        try:
+            return AMSF(model, **config.amsf)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"amsf: {error}") from None
+    options = config.adamw
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    matrices = [pair for pair in named if options.decay == "all" or pair[1].ndim >= 2]
+    vectors = [pair for pair in named if not (options.decay == "all" or pair[1].ndim >= 2)]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=(options.betas[0], options.betas[1]),
+        eps=options.eps,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    """Set the learning rate of a step (counted from 0) where it follows a schedule.
+
+    A function of the step alone, so a resumed run needs no scheduler state. AMSF has no schedule,
+    and a warmup of its own.
+    """
+    if config.optimizer == "adamw":
+        for group in optimizer.param_groups:
+            group["lr"] = config.adamw.lr * warmup_cosine(config.adamw, step, config.steps)
+
+
+def warmup_cosine(options: AdamWConfig, step: int, steps: int) -> float:
+    """Return the factor on the learning rate: a line up to 1, then half a cosine down."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps + 1) / max(1, steps - options.warmup_steps)
+    low = options.final_lr_fraction
+    return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def evaluation_weights(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which the parameters are those to evaluate: x for AMSF."""
+    return (
+        optimizer.averaged_parameters() if isinstance(optimizer, AMSF) else contextlib.nullcontext()
+    )
+
+
+def adamw_fp32(numel: int) -> dict[str, int]:
+    """Return AdamW's bytes by owner for a number of elements: everything in fp32."""
+    return dict.fromkeys(("weights", "gradients", "exp_avg", "exp_avg_sq"), numel * FP32)
+
+
+def memory_by_owner(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Return the bytes on this rank of weights, gradients and each line of optimizer state."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    weights = sum(_bytes(param) for param in params)
+    if isinstance(optimizer, AMSF):
+        owners = {name: size for name, size in optimizer.memory().items() if name != "total"}
+    else:
+        owners = {"weights": weights}
+        for name in ("exp_avg", "exp_avg_sq"):
+            states = (optimizer.state[param].get(name) for param in params)
+            owners[name] = sum(_bytes(state) for state in states if state is not None)
+    # A gradient has the dtype and the shard of its parameter.
+    owners = {"weights": owners.pop("weights"), "gradients": weights, **owners}
+    return {name: size for name, size in owners.items() if size}
+
+
+def local_elements(optimizer: torch.optim.Optimizer) -> int:
+    """Return the number of weights that this rank holds."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return sum(_local(param).numel() for param in params)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    local = _local(tensor)
+    return local.numel() * local.element_size()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

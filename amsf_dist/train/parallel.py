@@ -1,0 +1,206 @@
+"""Who holds what: the process group; the model on one process, copied (DDP) or sharded (FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from amsf_dist.train.config import Config
+from amsf_dist.train.errors import UserError
+from amsf_dist.train.model import build_model, decoder_layers
+
+__all__ = [
+    "World",
+    "arithmetic",
+    "build_parallel_model",
+    "choose_device",
+    "drop_gathered",
+    "gradient_sync",
+    "join",
+]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: number of this process, 0 is the one that writes and speaks.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return the sums over all processes; every process must call it."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's picklable value on every process."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a UserError on any process end all of them, instead of leaving them waiting."""
+        message = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, message)
+        failed = [rank for rank, text in enumerate(messages) if text]
+        if failed:
+            where = "" if len(failed) == self.size else f"process {failed[0]} of {self.size}: "
+            raise UserError(where + str(messages[failed[0]]))
+
+
+def choose_device(config: Config, local_size: int) -> str:
+    """Return `cuda` or `cpu` for a number of processes on this machine.
+
+    Raises:
+        UserError: if the config asks for more GPUs than there are.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and gpus < local_size:
+        raise UserError(
+            f"device: cuda needs a GPU for each of {local_size} processes and torch sees {gpus}; "
+            f"set nproc={max(gpus, 1)} or device=cpu",
+            everywhere=False,  # another machine may have them
+        )
+    return "cuda" if config.device != "cpu" and gpus >= local_size else "cpu"
+
+
+@contextlib.contextmanager
+def join(config: Config) -> Iterator[World]:
+    """Join the group that torchrun (or our launcher) describes, or a group of one, and leave it."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    kind = choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=config.timeout_minutes)
+    # gloo stands beside NCCL for what lies on the CPU: objects and checkpoints.
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, rank=0, world_size=1, store=alone, timeout=timeout)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_parallel_model(config: Config, found: PretrainedConfig, world: World) -> nn.Module:
+    """Build the model on its device under `config.parallel`.
+
+    The weights do not depend on the world size. FSDP2: shapes on the meta device, sharded, then
+    filled from the main process, which alone holds the whole model once.
+
+    Args:
+        config: the job.
+        found: from `model_config`.
+        world: this process among the others.
+    """
+    if config.parallel == "fsdp2":
+        with world.together():
+            whole = build_model(config, found, "cpu") if world.is_main else None
+        return _shard_and_fill(config, build_model(config, found, "meta"), whole, world)
+    with world.together():
+        model: nn.Module = build_model(config, found, "cpu")
+    model = model.to(world.device)
+    return DistributedDataParallel(model) if config.parallel == "ddp" else model
+
+
+def arithmetic(config: Config, world: World) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of the forward pass: autocast for `mixed`, unless FSDP2 does the casts."""
+    if config.precision == "mixed" and config.parallel != "fsdp2":
+        return torch.autocast(world.device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, last: bool, config: Config) -> Iterator[None]:
+    """Reduce gradients over the processes in this micro-batch, or leave it to the last one.
+
+    Sharded gradients are reduced in every micro-batch unless the config says otherwise: a shard is
+    all that is kept then.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with contextlib.nullcontext() if last else model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or config.sync_every_micro_batch)
+    yield
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Free what a forward pass without backward left gathered.
+
+    FSDP2 keeps the root's parameters gathered after a forward pass, and gathers nothing that is
+    gathered already: the next pass would not see that the optimizer has changed the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _shard_and_fill(
+    config: Config, model: PreTrainedModel, whole: PreTrainedModel | None, world: World
+) -> nn.Module:
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.precision == "mixed" else None,
+        reduce_dtype=None if config.precision == "fp32" else torch.float32,
+    )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        # Tied, they stay in the root's group: one parameter belongs to one group.
+        fully_shard(embedding, mesh=mesh, mp_policy=policy)
+        fully_shard(head, mesh=mesh, mp_policy=policy)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
+    _fill_buffers(model, whole)
+    return model
+
+
+def _fill_buffers(model: nn.Module, whole: nn.Module | None) -> None:
+    """Send every buffer: those of rotary embeddings are in no state dict."""
+    source: dict[str, Tensor] = dict(whole.named_buffers()) if whole is not None else {}
+    for name, buffer in model.named_buffers():
+        if name in source:
+            buffer.copy_(source[name])
+        dist.broadcast(buffer, src=0)
