@@ -12,7 +12,7 @@ from amsf_dist.architecture import Facts
 from amsf_dist.blocks import canonical_name
 from amsf_dist.shards import Flats, Part, parameters_in
 
-__all__ = ["cut_lines", "names_of", "refuse_replaced", "trainable", "without_duplicates"]
+__all__ = ["cut_lines", "names_of", "trainable", "without_duplicates"]
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -66,24 +66,6 @@ def cut_lines(
             )
         )
     return cut
-
-
-def refuse_replaced(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to train parameters that the model has dropped for others.
-
-    Raises:
-        RuntimeError: the model was wrapped, or loaded with assign=True, after the optimizer was
-            built; without this it would train nothing, and say nothing.
-    """
-    present = {id(param) for param in model.parameters()}
-    for group in groups:
-        for name, param in zip(names_of(group), group["params"], strict=True):
-            if id(param) not in present and param.requires_grad:
-                raise RuntimeError(
-                    f"{name or 'a parameter'} is no longer the model's: it was wrapped "
-                    "(fully_shard, FullyShardedDataParallel) or loaded with assign=True after the "
-                    "optimizer was built; build AMSF last"
-                )
 
 
 def without_duplicates(params: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amsf_dist import kernels
+from amsf_dist import kernels, stamp
 from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
@@ -33,12 +33,43 @@ _STRUCTURE = (
 )
 
 
+def completed(
+    state_dict: dict[str, Any],
+    groups: Sequence[dict[str, Any]],
+    holdings: Sequence[Holding],
+    state: Mapping[Tensor, dict[str, Any]],
+    stamps: Mapping[int, float | None],
+) -> dict[str, Any]:
+    """What torch's state dict lacks: stamps, and under FSDP1 moments as large as the parameter.
+
+    Args:
+        state_dict: torch's; its inner dicts are the live ones and stay as they are.
+        groups: ours.
+        holdings: all that have state.
+        state: ours.
+        stamps: of a loaded state that was not used yet: it still belongs to those weights.
+    """
+    if not stamps:
+        stamps = stamp.first_weights(holdings, state)
+    saved_groups = [
+        {**saved, stamp.KEY: [stamps.get(id(param)) for param in group["params"]]}
+        for saved, group in zip(state_dict["param_groups"], groups, strict=True)
+    ]
+    entries = dict(state_dict["state"])
+    flat = {id(holding.param): holding for holding in holdings if holding.layout.flat}
+    params = [param for group in groups for param in group["params"]]
+    for index, param in enumerate(params):
+        if id(param) in flat:
+            entries[index] = {**entries[index], MOMENT: kernels.spread(flat[id(param)])}
+    return {**state_dict, "state": entries, "param_groups": saved_groups}
+
+
 def load(
     groups: Sequence[dict[str, Any]],
     state: Mapping[Tensor, dict[str, Any]],
     holdings: Sequence[Holding],
     state_dict: Mapping[str, Any],
-) -> None:
+) -> dict[int, float | None]:
     """Take over a saved state.
 
     Args:
@@ -46,6 +77,9 @@ def load(
         state: ours; tensors are written in place.
         holdings: all that have state.
         state_dict: as `torch.optim.Optimizer.state_dict` gives it.
+
+    Returns:
+        id(parameter) -> its first weight when the state was saved.
 
     Raises:
         ValueError: it belongs to other parameters, groups, blocks or averaging; nothing is changed.
@@ -72,6 +106,12 @@ def load(
     _count_along(holdings, state, saved)
     for group, changes in zip(groups, options, strict=True):
         group.update(copy.deepcopy(changes))
+    first = {
+        key: weight
+        for saved_group in saved_groups
+        for key, weight in zip(saved_group["params"], saved_group.get(stamp.KEY, ()), strict=False)
+    }
+    return {id(holding.param): first.get(keys[id(holding.param)]) for holding in holdings}
 
 
 def _match(
@@ -205,7 +245,7 @@ def _options(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) ->
             f"parameter group {number} was saved with averaging={saved['averaging']!r}, this "
             f"optimizer has {group['averaging']!r}; build it with the saved one"
         )
-    fixed = ("params", "param_names", *_STRUCTURE)
+    fixed = ("params", "param_names", stamp.KEY, *_STRUCTURE)
     changes = {key: value for key, value in saved.items() if key not in fixed}
     known = Hyper.__dataclass_fields__
     Hyper.of({key: value for key, value in changes.items() if key in known})

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amsf_dist import audit, groups, kernels, loading, modes, plan, state
+from amsf_dist import audit, checks, groups, kernels, loading, modes, plan, stamp
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.blocks import canonical_name
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
-from amsf_dist.shards import Flats, Part, flats_of
+from amsf_dist.shards import Flats, Part, flats_of, forget_gathered
 
 __all__ = ["AMSF"]
 
@@ -114,10 +114,12 @@ class AMSF(Optimizer):
         self._parts: list[list[tuple[Part, ...]]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
-        self._unproven: Callable[[], nn.Module | None] | None = None
+        self._stamps: Mapping[int, float | None] = {}
+        self._model: Callable[[], nn.Module | None] = _no_model
+        self._unproven = False
         if isinstance(params, nn.Module):
             self._facts, self._flats = read_architecture(params), flats_of(params)
-            self._unproven = weakref.ref(params)
+            self._model, self._unproven = weakref.ref(params), True
             params = groups.trainable(params)
         super().__init__(params, {**hyper.as_given(), "train_mode": True})
         self._warn_unmatched()
@@ -195,8 +197,7 @@ class AMSF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_unusable_gradients()
-        self._refuse_replaced_parameters()
+        self._refuse_what_is_wrong()
         self.update(self._ready())
         return loss
 
@@ -248,39 +249,37 @@ class AMSF(Optimizer):
         """Steps in which a gradient was not finite. Reading it waits for the device."""
         return int(self._skipped)
 
-    def _refuse_replaced_parameters(self) -> None:
-        """Once, before the first step: wrapping a model may give it parameters we do not know."""
-        model = self._unproven() if self._unproven else None
-        self._unproven = None
-        if model is not None:
-            groups.refuse_replaced(model, self.param_groups)
-
-    def _refuse_unusable_gradients(self) -> None:
+    def _refuse_what_is_wrong(self) -> None:
         """Raise before anything has changed."""
-        for group in self.param_groups:
-            for index, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                if not group["train_mode"]:
-                    raise RuntimeError(
-                        "step() with gradients while the parameters hold the average x: call "
-                        "optimizer.train() before the forward pass of training"
-                    )
-                if param.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{groups.names_of(group)[index] or 'a parameter'}: sparse gradients are "
-                        "not supported; build the embedding with sparse=False"
-                    )
+        checks.refuse_gradients(self.param_groups)
+        model, unproven, self._unproven = self._model(), self._unproven, False
+        if model is not None and unproven:
+            checks.refuse_replaced(model, self.param_groups)
+        self._refuse_mixed_up()
+
+    def _settle(self) -> None:
+        """Before the weights are read or written as a whole, between two steps."""
+        if (model := self._model()) is not None:
+            forget_gathered(model)
+        self._refuse_mixed_up()
+
+    def _refuse_mixed_up(self) -> None:
+        """Once after loading: the model's file may be of the other mode."""
+        stamps, self._stamps = self._stamps, {}
+        if stamps:
+            stamp.refuse_mixed_up(self.holdings, stamps)
 
     @torch.no_grad()
     def eval(self) -> None:
         """Put the average x into the parameters; y is kept aside, exactly. Idempotent."""
+        self._settle()
         modes.to_average(self._ready(), self.state)
         self._set_mode(training=False)
 
     @torch.no_grad()
     def train(self) -> None:
         """Put y back, bit for bit. Idempotent."""
+        self._settle()
         modes.to_training(self._ready(), self.state)
         self._set_mode(training=True)
 
@@ -310,6 +309,7 @@ class AMSF(Optimizer):
             Canonical name -> tensor. Trained parameters are new tensors, DTensors where the
             parameters are; frozen ones and buffers are the model's own.
         """
+        self._settle()
         averages = modes.averages(self._ready())
         tied = dict(model.named_parameters(remove_duplicate=False))
         return {
@@ -331,15 +331,9 @@ class AMSF(Optimizer):
         Under FSDP1 the block moments, whose number here depends on the sharding, are written out
         over the elements, as FSDP's own state-dict functions need them.
         """
-        state_dict = super().state_dict()
-        params = [param for group in self.param_groups for param in group["params"]]
-        flat = {id(h.param): h for h in self._ready().holdings if h.layout.flat}
-        entries = state_dict["state"]
-        for index, param in enumerate(params):
-            if id(param) in flat:  # new dicts: the old ones are the live state
-                moments = kernels.spread(flat[id(param)])
-                entries[index] = {**entries[index], state.MOMENT: moments}
-        return state_dict
+        return loading.completed(
+            super().state_dict(), self.param_groups, self.holdings, self.state, self._stamps
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -358,7 +352,7 @@ class AMSF(Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        loading.load(self.param_groups, self.state, self._ready().holdings, state_dict)
+        self._stamps = loading.load(self.param_groups, self.state, self.holdings, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -371,6 +365,11 @@ class AMSF(Optimizer):
         """Come back from pickle or deepcopy; the plan is made when it is needed."""
         self._plan = None
         self._skipped = 0
-        self._unproven = None
+        self._stamps = {}
+        self._model, self._unproven = _no_model, False
         self._flats = {}  # process groups do not travel
         super().__setstate__(state)
+
+
+def _no_model() -> None:
+    return None

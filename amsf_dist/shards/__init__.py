@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat
+from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat, reshard
 from amsf_dist.shards.fsdp2 import copy_into, fsdp2, on_paper, whole
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.replicated import replicated
@@ -22,6 +23,7 @@ __all__ = [
     "Piece",
     "copy_into",
     "flats_of",
+    "forget_gathered",
     "line_shape",
     "locate",
     "on_paper",
@@ -37,6 +39,18 @@ Flats = Mapping[Tensor, Sequence[FlatSlice]]
 def flats_of(model: nn.Module) -> Flats:
     """Visible tensors of the model that are slices of flat parameters; most models have none."""
     return flat_slices(model)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drop whole weights that a wrapper keeps from the last forward.
+
+    FSDP leaves the root's parameters gathered after a forward, for the backward to come. When what
+    the shards hold changes without one, the next forward would go on with the old weights.
+    """
+    reshard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def parameters_in(name: str, param: Tensor, flats: Flats) -> list[tuple[str, tuple[int, ...]]]:

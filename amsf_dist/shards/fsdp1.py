@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 from amsf_dist.blocks import canonical_name
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.runs import Run, box_runs
 
-__all__ = ["FlatSlice", "flat_layout", "flat_slices", "is_flat"]
+__all__ = ["FlatSlice", "flat_layout", "flat_slices", "is_flat", "reshard"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class FlatSlice:
 def is_flat(param: Tensor) -> bool:
     """Whether FSDP1 has made this parameter part of a flat one."""
     return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered flat parameters, as the backward does."""
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        handle = getattr(module, "_handle", None)
+        started = module._is_root is not None  # FSDP sets itself up in its first forward
+        if handle is not None and started and handle.uses_sharded_strategy:
+            _reshard(module, handle, True)
 
 
 def flat_slices(model: nn.Module) -> dict[Tensor, list[FlatSlice]]:
@@ -148,6 +158,7 @@ def flat_layout(parts: Sequence[Part], slices: Sequence[FlatSlice]) -> Layout:
         cuts=(Cut(axis, num_slots, sums, slots),) if num_slots else (),
         spread=(axis,) if spread else (),
         local=_line_of_numbers,
+        first=slices[0].offset if slices[0].start == 0 < slices[0].stop else None,
         flat=True,
     )
 

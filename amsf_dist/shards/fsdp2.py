@@ -81,6 +81,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
         spread=tuple(axes.values()),
         local=_local,
         as_state=as_state,
+        first=0 if runs and not any(offsets) else None,
     )
 
 
@@ -276,7 +277,7 @@ def _in_line_order(
         if not placement.is_replicate() and not isinstance(placement, _SHARDS):
             raise ValueError(
                 f"{name or 'a parameter'}: AMSF understands Shard and Replicate placements, not "
-                f"{placement}; redistribute the parameter before building the optimizer"
+                f"{placement!r}; redistribute the parameter before building the optimizer"
             )
     if blocks.order is None:
         return tuple(placements)

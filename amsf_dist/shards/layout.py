@@ -121,6 +121,7 @@ class Layout:
         spread: axes over which other parts of the tensor lie, cut or not.
         local: tensor as seen (parameter, gradient, line) -> this rank's memory.
         as_state: this rank's block vector -> how it stands in the optimizer's state.
+        first: where in the memory the first number of the (first) parameter lies; None: elsewhere.
         flat: the tensor is a slice of a flat buffer: 1-D, and cut without regard to rows. Its
             block vector depends on the sharding, so a state dict has it spread over the elements.
     """
@@ -130,6 +131,7 @@ class Layout:
     spread: tuple[Axis, ...] = ()
     local: Callable[[Tensor], Tensor] = itself
     as_state: Callable[[Tensor], Tensor] = itself
+    first: int | None = None
     flat: bool = False
 
     @property

@@ -17,4 +17,5 @@ def replicated(part: Part) -> Layout:
     return Layout(
         pieces=(Piece(part, runs, 0, part.num_blocks),),
         as_state=lambda moments: moments.view(vector),
+        first=0 if runs else None,
     )

@@ -77,6 +77,7 @@ WRONG: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("seed", -1, ValueError, ["-1", ">= 0"]),
     ("seed", 0.5, TypeError, ["0.5", "whole number"]),
     ("seed", None, TypeError, ["None", "whole number"]),
+    ("deterministic", 1, TypeError, ["1", "True or False"]),
 ]
 WRONG_IDS = [f"{argument}={value!r}" for argument, value, _, _ in WRONG]
 EVERY_WRONG = pytest.mark.parametrize(("argument", "value", "error", "says"), WRONG, ids=WRONG_IDS)

@@ -27,6 +27,8 @@ FLOORS = (
         "audit",
         "groups",
         "loading",
+        "stamp",
+        "checks",
         "modes",
         "upstream",
     ),

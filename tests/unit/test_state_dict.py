@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Little, assert_same_bits, everything, fit
+from models import Little, assert_same_bits, backward, everything, fit
 from torch import nn
 
 from amsf_dist import AMSF
@@ -368,3 +368,29 @@ def test_parameters_replaced_after_training_are_named() -> None:
     optimizer.param_groups[0]["params"][1] = fresh
     with pytest.raises(RuntimeError, match="no longer in the"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("state_mode", ["train", "eval"])
+def test_model_and_optimizer_files_of_different_modes_are_refused(state_mode: str) -> None:
+    model, optimizer = trained(4)
+    saved: dict[str, Any] = {}
+    for mode in ("eval", "train"):
+        getattr(optimizer, mode)()
+        saved[mode] = through_a_file([model.state_dict(), optimizer.state_dict()])
+    other = "eval" if state_mode == "train" else "train"
+    fresh = Little(seed=5)
+    resumed = AMSF(fresh, lr=0.02)
+    fresh.load_state_dict(saved[other][0])
+    resumed.load_state_dict(saved[state_mode][1])
+    with pytest.raises(RuntimeError, match="files of different modes.*saved together"):
+        backward(fresh, 0)
+        resumed.zero_grad() if state_mode == "eval" else None
+        resumed.train() if state_mode == "eval" else resumed.step()
+
+    # the same two files of one mode, loaded in either order, are taken
+    resumed = AMSF(fresh, lr=0.02)
+    resumed.load_state_dict(saved[state_mode][1])
+    fresh.load_state_dict(saved[state_mode][0])
+    resumed.train()
+    assert_same_bits(fresh, model)
+    fit(fresh, resumed, 1)
