@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from amsf_dist.train.batches import validation_windows, windows_at
 from amsf_dist.train.config import Config
-from amsf_dist.train.parallel import World, arithmetic, drop_gathered
+from amsf_dist.train.parallel import World, arithmetic
 
 __all__ = ["Validation", "bits_per_byte", "evaluate", "sequence_losses"]
 
@@ -75,7 +75,6 @@ def evaluate(
             losses = sequence_losses(model, windows)
         total += float(losses[: len(mine)].double().sum())
     model.train()
-    drop_gathered(model)
     loss = world.sum([total])[0] / len(starts)
     return Validation(loss, bits_per_byte(loss, tokens[1 : len(starts) * length + 1], tokenizer))
 

@@ -27,7 +27,6 @@ __all__ = [
     "arithmetic",
     "build_parallel_model",
     "choose_device",
-    "drop_gathered",
     "gradient_sync",
     "join",
 ]
@@ -161,17 +160,6 @@ def gradient_sync(model: nn.Module, last: bool, config: Config) -> Iterator[None
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or config.sync_every_micro_batch)
     yield
-
-
-def drop_gathered(model: nn.Module) -> None:
-    """Free what a forward pass without backward left gathered.
-
-    FSDP2 keeps the root's parameters gathered after a forward pass, and gathers nothing that is
-    gathered already: the next pass would not see that the optimizer has changed the shards.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _shard_and_fill(
