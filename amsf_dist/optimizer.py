@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amsf_dist import audit, checks, groups, kernels, loading, modes, plan, stamp
+from amsf_dist import audit, checks, groups, loading, modes, plan, stamp
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.blocks import canonical_name
@@ -216,29 +216,7 @@ class AMSF(Optimizer):
         self._count_skipped(finite)
         moving = any(h.param.grad is not None for h in current.holdings)
         for lane in current.lanes:  # move
-            self._move(lane, finite[lane.device], sums.everyone_knows, moving)
-
-    def _move(self, lane: plan.Lane, finite: Tensor, everyone_knows: bool, moving: bool) -> None:
-        stepping = [h for h in lane.holdings if h.param.grad is not None]
-        # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
-        absent = [
-            h
-            for h in lane.holdings
-            if h.param.grad is None and h.layout.flat and not h.layout.numel
-        ]
-        on_host = plan.on_host(lane.device)
-        counts = moving and lane.rule.ticks_without_gradient
-        elsewhere = lane.group["train_mode"] and len(absent) == len(lane.holdings)
-        if not (stepping or counts or elsewhere):
-            return
-        if on_host and everyone_knows and not finite:
-            return
-        # Where the host can read the verdict for nothing, a finite step needs no masks.
-        verdict = None if on_host and finite else finite
-        coefficients = lane.advance(stepping + absent, finite if everyone_knows else None)
-        by_block = verdict is not None and not everyone_knows
-        for holding in stepping:
-            kernels.move_(holding, coefficients[holding.index], verdict, by_block)
+            lane.move(finite[lane.device], sums.everyone_knows, moving)
 
     def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
         for verdict in list(finite.values())[:1]:  # the same on every device
@@ -259,9 +237,12 @@ class AMSF(Optimizer):
 
     def _settle(self) -> None:
         """Before the weights are read or written as a whole, between two steps."""
+        self._forget_gathered()
+        self._refuse_mixed_up()
+
+    def _forget_gathered(self) -> None:
         if (model := self._model()) is not None:
             forget_gathered(model)
-        self._refuse_mixed_up()
 
     def _refuse_mixed_up(self) -> None:
         """Once after loading: the model's file may be of the other mode."""
@@ -331,6 +312,7 @@ class AMSF(Optimizer):
         Under FSDP1 the block moments, whose number here depends on the sharding, are written out
         over the elements, as FSDP's own state-dict functions need them.
         """
+        self._forget_gathered()
         return loading.completed(
             super().state_dict(), self.param_groups, self.holdings, self.state, self._stamps
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amsf_dist import kernels
 from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import names_of
@@ -39,6 +40,34 @@ class Lane:
     device: torch.device
     holdings: list[Holding]
     counters: states.Counters
+
+    def move(self, finite: Tensor, everyone_knows: bool, moving: bool) -> None:
+        """Advance the counters and move every parameter that has a gradient.
+
+        Args:
+            finite: 0-dim bool on the lane's device; where False nothing changes.
+            everyone_knows: whether all ranks that share the step have this verdict; if not, every
+                block decides for itself.
+            moving: whether any parameter of the optimizer has a gradient here.
+        """
+        stepping = [h for h in self.holdings if h.param.grad is not None]
+        # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
+        absent = [
+            h
+            for h in self.holdings
+            if h.param.grad is None and h.layout.flat and not h.layout.numel
+        ]
+        counts = moving and self.rule.ticks_without_gradient
+        elsewhere = self.group["train_mode"] and len(absent) == len(self.holdings)
+        host = on_host(self.device)
+        if not (stepping or counts or elsewhere) or (host and everyone_knows and not finite):
+            return
+        # Where the host can read the verdict for nothing, a finite step needs no masks.
+        verdict = None if host and finite else finite
+        coefficients = self.advance(stepping + absent, finite if everyone_knows else None)
+        by_block = verdict is not None and not everyone_knows
+        for holding in stepping:
+            kernels.move_(holding, coefficients[holding.index], verdict, by_block)
 
     def advance(self, stepping: Sequence[Holding], finite: Tensor | None) -> list[Coefficients]:
         """Advance the counters of the parameters that step now.
