@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from amsf_dist.rules.protocol import Scalar
-from amsf_dist.rules.second_moment import second_moment, warmed_up
+from amsf_dist.rules.second_moment import BlockMoments, warmed_up
 
 __all__ = ["RULE", "Ema"]
 
@@ -22,7 +22,7 @@ class _Coefficients(NamedTuple):
     eps: float
 
 
-class Ema:
+class Ema(BlockMoments):
     """First moment as an exponential average; docs/algorithm.md (10), (11)."""
 
     name = "ema"
@@ -47,12 +47,6 @@ class Ema:
             bias_correction2=1.0 - beta2**step,
             eps=group["eps"],
         )
-
-    def block_scale(
-        self, exp_avg_sq: Tensor, mean_sq: Tensor, c: _Coefficients
-    ) -> tuple[Tensor, Tensor]:
-        """docs/algorithm.md (2), (3)."""
-        return second_moment(exp_avg_sq, mean_sq, c.beta2, c.bias_correction2, c.eps)
 
     def move(
         self,

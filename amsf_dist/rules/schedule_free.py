@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amsf_dist.rules.protocol import Scalar
-from amsf_dist.rules.second_moment import second_moment, warmed_up
+from amsf_dist.rules.second_moment import BlockMoments, warmed_up
 
 __all__ = ["RULE", "ScheduleFree"]
 
@@ -25,7 +25,7 @@ class _Coefficients(NamedTuple):
     eps: float
 
 
-class ScheduleFree:
+class ScheduleFree(BlockMoments):
     """y' and e' of docs/algorithm.md (6) to (8)."""
 
     name = "schedule_free"
@@ -58,12 +58,6 @@ class ScheduleFree:
             bias_correction2=1.0 - beta2**step,
             eps=group["eps"],
         )
-
-    def block_scale(
-        self, exp_avg_sq: Tensor, mean_sq: Tensor, c: _Coefficients
-    ) -> tuple[Tensor, Tensor]:
-        """docs/algorithm.md (2), (3)."""
-        return second_moment(exp_avg_sq, mean_sq, c.beta2, c.bias_correction2, c.eps)
 
     def move(
         self,

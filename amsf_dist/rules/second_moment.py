@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from amsf_dist.rules.protocol import Scalar
+from amsf_dist.rules.protocol import Coefficients, Scalar
 
-__all__ = ["second_moment", "warmed_up"]
+__all__ = ["BlockMoments", "warmed_up"]
 
 
-def second_moment(
-    exp_avg_sq: Tensor, mean_sq: Tensor, beta2: float, bias_correction2: Scalar, eps: float
-) -> tuple[Tensor, Tensor]:
-    """docs/algorithm.md (2) and (3): the moving average and one over its bias-corrected root.
+class BlockMoments:
+    """For rules whose scalars have `beta2`, `bias_correction2` and `eps`."""
 
-    Args:
-        exp_avg_sq: [num_blocks].
-        mean_sq: [num_blocks].
-        beta2: decay of the average.
-        bias_correction2: 1 - beta2 ** step.
-        eps: added to the root.
+    def block_scale(
+        self, exp_avg_sq: Tensor, mean_sq: Tensor, c: Coefficients
+    ) -> tuple[Tensor, Tensor]:
+        """docs/algorithm.md (2) and (3): the average, and one over its bias-corrected root.
 
-    Returns:
-        (exp_avg_sq, inverse denominator), both [num_blocks].
-    """
-    exp_avg_sq = beta2 * exp_avg_sq + (1.0 - beta2) * mean_sq
-    return exp_avg_sq, ((exp_avg_sq * (1.0 / bias_correction2)).sqrt() + eps).reciprocal()
+        Args:
+            exp_avg_sq: [num_blocks].
+            mean_sq: [num_blocks].
+            c: the rule's scalars; bias_correction2 is 1 - beta2 ** step.
+
+        Returns:
+            (exp_avg_sq, inverse denominator), both [num_blocks].
+        """
+        exp_avg_sq = c.beta2 * exp_avg_sq + (1.0 - c.beta2) * mean_sq
+        root = (exp_avg_sq * (1.0 / c.bias_correction2)).sqrt()
+        return exp_avg_sq, (root + c.eps).reciprocal()
 
 
 def warmed_up(lr: Scalar, step: Tensor, warmup_steps: int) -> Tensor:
