@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amsf_dist import audit, checks, groups, loading, modes, plan, stamp
+from amsf_dist import audit, groups, loading, modes, plan
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.blocks import canonical_name
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
-from amsf_dist.shards import Flats, Part, flats_of, forget_gathered
+from amsf_dist.shards import Flats, Part, flats_of
+from amsf_dist.watch import Watch
 
 __all__ = ["AMSF"]
 
@@ -114,12 +114,10 @@ class AMSF(Optimizer):
         self._parts: list[list[tuple[Part, ...]]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
-        self._stamps: Mapping[int, float | None] = {}
-        self._model: Callable[[], nn.Module | None] = _no_model
-        self._unproven = False
+        self._watch = Watch()
         if isinstance(params, nn.Module):
             self._facts, self._flats = read_architecture(params), flats_of(params)
-            self._model, self._unproven = weakref.ref(params), True
+            self._watch = Watch(params)
             params = groups.trainable(params)
         super().__init__(params, {**hyper.as_given(), "train_mode": True})
         self._warn_unmatched()
@@ -197,8 +195,9 @@ class AMSF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_what_is_wrong()
-        self.update(self._ready())
+        current = self._ready()
+        self._watch.before_step(self.param_groups, current.holdings)
+        self.update(current)
         return loss
 
     def update(self, current: plan.Plan) -> None:
@@ -227,40 +226,17 @@ class AMSF(Optimizer):
         """Steps in which a gradient was not finite. Reading it waits for the device."""
         return int(self._skipped)
 
-    def _refuse_what_is_wrong(self) -> None:
-        """Raise before anything has changed."""
-        checks.refuse_gradients(self.param_groups)
-        model, unproven, self._unproven = self._model(), self._unproven, False
-        if model is not None and unproven:
-            checks.refuse_replaced(model, self.param_groups)
-        self._refuse_mixed_up()
-
-    def _settle(self) -> None:
-        """Before the weights are read or written as a whole, between two steps."""
-        self._forget_gathered()
-        self._refuse_mixed_up()
-
-    def _forget_gathered(self) -> None:
-        if (model := self._model()) is not None:
-            forget_gathered(model)
-
-    def _refuse_mixed_up(self) -> None:
-        """Once after loading: the model's file may be of the other mode."""
-        stamps, self._stamps = self._stamps, {}
-        if stamps:
-            stamp.refuse_mixed_up(self.holdings, stamps)
-
     @torch.no_grad()
     def eval(self) -> None:
         """Put the average x into the parameters; y is kept aside, exactly. Idempotent."""
-        self._settle()
+        self._watch.between_steps(self.holdings)
         modes.to_average(self._ready(), self.state)
         self._set_mode(training=False)
 
     @torch.no_grad()
     def train(self) -> None:
         """Put y back, bit for bit. Idempotent."""
-        self._settle()
+        self._watch.between_steps(self.holdings)
         modes.to_training(self._ready(), self.state)
         self._set_mode(training=True)
 
@@ -290,7 +266,7 @@ class AMSF(Optimizer):
             Canonical name -> tensor. Trained parameters are new tensors, DTensors where the
             parameters are; frozen ones and buffers are the model's own.
         """
-        self._settle()
+        self._watch.between_steps(self.holdings)
         averages = modes.averages(self._ready())
         tied = dict(model.named_parameters(remove_duplicate=False))
         return {
@@ -312,9 +288,10 @@ class AMSF(Optimizer):
         Under FSDP1 the block moments, whose number here depends on the sharding, are written out
         over the elements, as FSDP's own state-dict functions need them.
         """
-        self._forget_gathered()
+        self._watch.forget_gathered()
+        stamps = self._watch.stamps
         return loading.completed(
-            super().state_dict(), self.param_groups, self.holdings, self.state, self._stamps
+            super().state_dict(), self.param_groups, self.holdings, self.state, stamps
         )
 
     @torch.no_grad()
@@ -334,7 +311,7 @@ class AMSF(Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        self._stamps = loading.load(self.param_groups, self.state, self.holdings, state_dict)
+        self._watch.stamps = loading.load(self.param_groups, self.state, self.holdings, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -347,11 +324,6 @@ class AMSF(Optimizer):
         """Come back from pickle or deepcopy; the plan is made when it is needed."""
         self._plan = None
         self._skipped = 0
-        self._stamps = {}
-        self._model, self._unproven = _no_model, False
+        self._watch = Watch()
         self._flats = {}  # process groups do not travel
         super().__setstate__(state)
-
-
-def _no_model() -> None:
-    return None

@@ -29,6 +29,7 @@ FLOORS = (
         "loading",
         "stamp",
         "checks",
+        "watch",
         "modes",
         "upstream",
     ),
