@@ -64,7 +64,8 @@ def import_state_dict(
     for holding in holdings:
         _check(holding, saved[id(holding.param)], found)
 
-    current.sums.clear()
+    for unit in current.units:
+        unit.sums.clear()
     for holding in holdings:
         own, state = saved[id(holding.param)], optimizer.state[holding.param]
         _take_moments_(holding, own)
@@ -72,7 +73,8 @@ def import_state_dict(
         for counter in holding.rule.counters:
             state[counter].fill_(getattr(_counts(holding, saved, holdings), counter))
         state.pop(STASH, None)
-    current.sums.agree()  # on the means of blocks cut by a shard boundary
+    for unit in current.units:
+        unit.sums.agree()  # on the means of blocks cut by a shard boundary
     for holding in holdings:
         kernels.take_means_(holding)
     averaged = any(holding.rule.averaged for holding in holdings)
@@ -193,7 +195,7 @@ def export_state_dict(
     if target != "adamw":
         raise ValueError(f"target must be 'adamw', got {target!r}")
     holdings = {id(holding.param): holding for holding in optimizer.holdings}
-    if full and any(holding.layout.flat for holding in holdings.values()):
+    if full and any(holding.layout.moments_by_element for holding in holdings.values()):
         raise ValueError(
             "full=True cannot put FSDP1's slices together: export without it and pass the result "
             "to FSDP.optim_state_dict(model, optimizer, optim_state_dict=...)"

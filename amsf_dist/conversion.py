@@ -37,8 +37,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], optimizer: AMSF) -> dict[s
     """
     if not state_dict:
         return {}
-    parts = {part.name: part for group in optimizer.parts for held in group for part in held}
-    flat = any(holding.layout.flat for holding in optimizer.holdings)
+    parts = {part.name: part for part in optimizer.parts}
+    flat = any(holding.layout.moments_by_element for holding in optimizer.holdings)
     names = _names(state_dict)
     state = {
         key: _converted(names[key], parts[names[key]], entries, flat)

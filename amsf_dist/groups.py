@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,40 @@ from amsf_dist.architecture import Facts
 from amsf_dist.blocks import canonical_name
 from amsf_dist.shards import Flats, Part, parameters_in
 
-__all__ = ["cut_lines", "names_of", "trainable", "without_duplicates"]
+__all__ = ["Seat", "cut_lines", "names_of", "seats", "trainable", "without_duplicates"]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One tensor that the optimizer moves.
+
+    Attributes:
+        group: its parameter group, live.
+        param: the tensor.
+        name: canonical; "" when it is unknown, or the tensor holds many parameters.
+        parts: the parameters in it, and how they are cut.
+    """
+
+    group: dict[str, Any]
+    param: Tensor
+    name: str
+    parts: tuple[Part, ...]
+
+
+def seats(
+    groups: Iterable[dict[str, Any]], parts: Iterable[Sequence[tuple[Part, ...]]]
+) -> list[Seat]:
+    """Who sits in the groups now.
+
+    Args:
+        groups: of torch's making.
+        parts: aligned with the groups' params.
+    """
+    return [
+        Seat(group, param, name, inside)
+        for group, group_parts in zip(groups, parts, strict=True)
+        for param, name, inside in zip(group["params"], names_of(group), group_parts, strict=True)
+    ]
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -56,7 +56,7 @@ def completed(
         for saved, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
     entries = dict(state_dict["state"])
-    flat = {id(holding.param): holding for holding in holdings if holding.layout.flat}
+    flat = {id(holding.param): holding for holding in holdings if holding.layout.moments_by_element}
     params = [param for group in groups for param in group["params"]]
     for index, param in enumerate(params):
         if id(param) in flat:
@@ -176,14 +176,16 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
         fitting = [tuple(value.shape)]
         cure = "load the state of the same model"
         if key == MOMENT:
-            fitting = [tuple(holding.param.shape)] + ([] if holding.layout.flat else fitting)
+            fitting = [tuple(holding.param.shape)] + (
+                [] if holding.layout.moments_by_element else fitting
+            )
             cure = "build it with the blocks= and head_dim= of then"
         if shape not in fitting:
             raise ValueError(
                 f"{name}: {key!r} was saved with shape {shape}, this optimizer needs {fitting[-1]};"
                 f" {cure}"
             )
-        if shape == tuple(value.shape) or holding.layout.flat:
+        if shape == tuple(value.shape) or holding.layout.moments_by_element:
             continue
         by_block = _by_block(holding, saved[key])
         if not by_block.eq(by_block[:, :1]).all():
@@ -201,7 +203,7 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
     """
     stash = saved.get(STASH)
     for key, value in ours.items():
-        if key == MOMENT and holding.layout.flat:
+        if key == MOMENT and holding.layout.moments_by_element:
             kernels.gather_(holding, saved[key].to(value).view(-1))
         elif key == MOMENT and tuple(saved[key].shape) != tuple(value.shape):
             copy_into(value, _by_block(holding, saved[key])[:, 0].view(value.shape))

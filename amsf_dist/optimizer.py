@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from amsf_dist import audit, groups, loading, modes, plan
+from amsf_dist import audit, groups, loading, plan
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
-from amsf_dist.blocks import canonical_name
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
-from amsf_dist.shards import Flats, Part, flats_of
+from amsf_dist.modes import TwoModes
+from amsf_dist.owner import Expected, Owner, is_building
+from amsf_dist.shards import Flats, Part, flats_of, is_partitioned
 from amsf_dist.watch import Watch
 
 __all__ = ["AMSF"]
@@ -25,7 +25,7 @@ __all__ = ["AMSF"]
 logger = logging.getLogger(__name__)
 
 
-class AMSF(Optimizer):
+class AMSF(TwoModes):
     """Block-wise second moments, Schedule-Free averaging, the same update under every sharding.
 
     A parameter is a line of numbers cut in equal blocks (an element, a row, an attention head, the
@@ -115,7 +115,10 @@ class AMSF(Optimizer):
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
         self._watch = Watch()
+        self._owner: Owner | None = Expected() if is_building() else None
         if isinstance(params, nn.Module):
+            if any(is_partitioned(param) for param in params.parameters()):
+                self._owner = Expected()
             self._facts, self._flats = read_architecture(params), flats_of(params)
             self._watch = Watch(params)
             params = groups.trainable(params)
@@ -143,8 +146,12 @@ class AMSF(Optimizer):
         super().add_param_group(
             {**param_group, **hyper.as_group(), "params": params, "train_mode": training}
         )
+        added = self.param_groups[-1]
+        if any(is_partitioned(param) for param in added["params"]):
+            self._owner = self._owner or Expected()
+        if self._owner is not None:  # it has tensors of its own, and their names
+            return
         try:
-            added = self.param_groups[-1]
             self._parts.append(groups.cut_lines(added, self._facts, self._flats))
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -152,11 +159,30 @@ class AMSF(Optimizer):
         if self._plan is not None:  # the constructor makes the plan when all groups are there
             self._ready()
 
+    def bind(self, owner: Owner) -> None:
+        """Train the tensors of an engine from now on; what engines' integrations call.
+
+        Args:
+            owner: the engine. The state is made anew for its tensors.
+        """
+        self._owner, self._flats, self._plan = owner, owner.flats, None
+        self._watch = Watch()
+        self.state.clear()
+        for group in self.param_groups:
+            group.pop("param_names", None)  # of the model's parameters, not of these
+        self._warn_unmatched()
+        self._ready()
+
     def _ready(self) -> plan.Plan:
         """The plan, made anew when the parameters have changed under it."""
-        if not plan.is_current(self._plan, self.param_groups, self.state):
-            self._plan = plan.build(self.param_groups, self.state, self._parts, self._flats)
-        assert self._plan is not None
+        owner = self._owner
+        if owner is None:
+            params = [param for group in self.param_groups for param in group["params"]]
+        else:
+            params = [seat.param for unit in owner.units for seat in unit]
+        if self._plan is None or not plan.is_current(self._plan, params, self.state):
+            units = [groups.seats(self.param_groups, self._parts)] if owner is None else owner.units
+            self._plan = plan.build(units, self.state, self._flats)
         return self._plan
 
     @property
@@ -165,12 +191,16 @@ class AMSF(Optimizer):
         return self._ready().holdings
 
     @property
-    def parts(self) -> list[list[tuple[Part, ...]]]:
-        """Per group and tensor: the parameters in it and how they are cut."""
-        return self._parts
+    def parts(self) -> list[Part]:
+        """Every parameter that it trains, and how it is cut."""
+        if self._owner is not None:
+            return [part for unit in self._owner.units for seat in unit for part in seat.parts]
+        return [part for group in self._parts for parts in group for part in parts]
 
     def _warn_unmatched(self) -> None:
-        names = [part.name for group in self._parts for parts in group for part in parts]
+        names = [part.name for part in self.parts]
+        if isinstance(self._owner, Expected):
+            return  # it will be bound
         for pattern in block_rules.unmatched_patterns(self.defaults["blocks"], names):
             logger.warning("blocks: pattern %r matches no parameter's name", pattern)
 
@@ -195,26 +225,29 @@ class AMSF(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._owner is not None:
+            self._owner.before_step()
         current = self._ready()
         self._watch.before_step(self.param_groups, current.holdings)
-        self.update(current)
+        for unit in current.shown(self.param_groups):
+            self.update(unit)
         return loss
 
-    def update(self, current: plan.Plan) -> None:
-        """Measure, agree, move: one step of everything in the plan.
+    def update(self, unit: plan.Unit) -> None:
+        """Measure, agree, move: one step of tensors that step together.
 
         Every rank calls it with the same parameters in the same order, with gradients or without.
         """
-        sums = current.sums
+        sums = unit.sums
         sums.clear()
-        for lane in current.lanes:  # measure what this rank can see
+        for lane in unit.lanes:  # measure what this rank can see
             for holding in lane.holdings:
                 if holding.param.grad is not None:
                     sums.measure(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._count_skipped(finite)
-        moving = any(h.param.grad is not None for h in current.holdings)
-        for lane in current.lanes:  # move
+        moving = any(h.param.grad is not None for h in unit.holdings)
+        for lane in unit.lanes:  # move
             lane.move(finite[lane.device], sums.everyone_knows, moving)
 
     def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
@@ -225,54 +258,6 @@ class AMSF(Optimizer):
     def skipped_steps(self) -> int:
         """Steps in which a gradient was not finite. Reading it waits for the device."""
         return int(self._skipped)
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Put the average x into the parameters; y is kept aside, exactly. Idempotent."""
-        self._watch.between_steps(self.holdings)
-        modes.to_average(self._ready(), self.state)
-        self._set_mode(training=False)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Put y back, bit for bit. Idempotent."""
-        self._watch.between_steps(self.holdings)
-        modes.to_training(self._ready(), self.state)
-        self._set_mode(training=True)
-
-    def _set_mode(self, *, training: bool) -> None:
-        for group in self.param_groups:
-            group["train_mode"] = training
-
-    @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
-        """Parameters hold x inside the block; afterwards whatever they held before."""
-        training = any(group["train_mode"] for group in self.param_groups)
-        self.eval()
-        try:
-            yield
-        finally:
-            if training:
-                self.train()
-
-    @torch.no_grad()
-    def averaged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state dict at x, without touching the parameters.
-
-        Args:
-            model: whose parameters this optimizer trains; wrappers are seen through.
-
-        Returns:
-            Canonical name -> tensor. Trained parameters are new tensors, DTensors where the
-            parameters are; frozen ones and buffers are the model's own.
-        """
-        self._watch.between_steps(self.holdings)
-        averages = modes.averages(self._ready())
-        tied = dict(model.named_parameters(remove_duplicate=False))
-        return {
-            canonical_name(name): averages.get(id(tied.get(name)), value)
-            for name, value in model.state_dict().items()
-        }
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank: "weights", "error_bits", "gap" or "exp_avg", "v", "total"."""
@@ -289,10 +274,15 @@ class AMSF(Optimizer):
         over the elements, as FSDP's own state-dict functions need them.
         """
         self._watch.forget_gathered()
-        stamps = self._watch.stamps
-        return loading.completed(
-            super().state_dict(), self.param_groups, self.holdings, self.state, stamps
-        )
+        with self._owner.shown() if self._owner is not None else nullcontext():
+            state_dict = loading.completed(
+                super().state_dict(),
+                self.param_groups,
+                self.holdings,
+                self.state,
+                self._watch.stamps,
+            )
+        return state_dict if self._owner is None else {**state_dict, **self._owner.extras()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -325,5 +315,5 @@ class AMSF(Optimizer):
         self._plan = None
         self._skipped = 0
         self._watch = Watch()
-        self._flats = {}  # process groups do not travel
+        self._flats, self._owner = {}, None  # process groups and engines do not travel
         super().__setstate__(state)

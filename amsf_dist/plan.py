@@ -7,7 +7,7 @@ groups before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from amsf_dist import kernels
 from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
-from amsf_dist.groups import names_of
+from amsf_dist.groups import Seat
 from amsf_dist.kernels import Holding
 from amsf_dist.kernels.holding import Line
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
 from amsf_dist.rules.protocol import Coefficients, Scalar
-from amsf_dist.shards import Flats, Layout, Part, copy_into, locate
+from amsf_dist.shards import Flats, copy_into, locate
 from amsf_dist.storage import state_storage, weight_storage
 
-__all__ = ["Lane", "Plan", "build", "is_current", "on_host"]
+__all__ = ["Lane", "Plan", "Unit", "build", "is_current", "on_host"]
 
 _State = dict[Tensor, dict[str, Any]]
 
@@ -35,7 +35,7 @@ _State = dict[Tensor, dict[str, Any]]
 class Lane:
     """Parameters of one group on one device: they share hyper-parameters and counters."""
 
-    group: dict[str, Any]
+    group: Mapping[str, Any]
     rule: Rule
     device: torch.device
     holdings: list[Holding]
@@ -104,18 +104,16 @@ def _per_parameter(column: Tensor | float, count: int) -> Sequence[Scalar]:
 
 
 @dataclass
-class Plan:
-    """Everything a step needs to know about the parameters.
+class Unit:
+    """Tensors that step together.
 
     Attributes:
         lanes: in the order of the groups.
         sums: block sums of all holdings.
-        signature: what the plan was made from.
     """
 
     lanes: list[Lane]
     sums: BlockSums
-    signature: tuple[object, ...]
 
     @property
     def holdings(self) -> list[Holding]:
@@ -123,62 +121,83 @@ class Plan:
         return [holding for lane in self.lanes for holding in lane.holdings]
 
 
-def is_current(plan: Plan | None, groups: Sequence[dict[str, Any]], state: _State) -> bool:
-    """Whether the plan still describes these groups and this state."""
-    return plan is not None and plan.signature == _signature(groups, state)
+@dataclass
+class Plan:
+    """Everything a step needs to know about the parameters.
+
+    Attributes:
+        units: in the order in which they step.
+        signature: what the plan was made from.
+    """
+
+    units: list[Unit]
+    signature: tuple[object, ...]
+
+    @property
+    def holdings(self) -> list[Holding]:
+        """Of all units, in order."""
+        return [holding for unit in self.units for holding in unit.holdings]
+
+    def shown(self, groups: Iterable[Mapping[str, Any]]) -> list[Unit]:
+        """The units whose tensors are in the groups now: an engine may show one at a time."""
+        if len(self.units) == 1:
+            return self.units
+        present = {id(param) for group in groups for param in group["params"]}
+        return [unit for unit in self.units if any(id(h.param) in present for h in unit.holdings)]
 
 
-def build(
-    groups: Sequence[dict[str, Any]],
-    state: _State,
-    parts: Sequence[Sequence[tuple[Part, ...]]],
-    flats: Flats,
-) -> Plan:
+def is_current(plan: Plan | None, params: Iterable[Tensor], state: _State) -> bool:
+    """Whether the plan still describes these tensors and this state."""
+    return plan is not None and plan.signature == _signature(params, state)
+
+
+def build(units: Sequence[Sequence[Seat]], state: _State, flats: Flats) -> Plan:
     """Locate every parameter and create the state that is missing.
 
     Args:
-        groups: parameter groups.
-        state: the optimizer's; completed in place. State of parameters that are in no group any
-            more is dropped if nothing was trained yet.
-        parts: what lies in each tensor and how it is cut, aligned with the groups' params.
-        flats: where the slices of flat parameters lie.
+        units: the tensors that step together, in the order of the groups.
+        state: the optimizer's; completed in place. State of tensors that have no seat any more is
+            dropped if nothing was trained yet.
+        flats: which parts of which parameters lie in flat tensors.
 
     Raises:
         RuntimeError: trained parameters were replaced by others.
     """
-    _drop_replaced(groups, state)
-    lanes: list[Lane] = []
-    for group, group_parts in zip(groups, parts, strict=True):
-        rule = RULES[group["averaging"]]
-        on_device: dict[torch.device, list[Holding]] = {}
-        for param, name, inside in zip(group["params"], names_of(group), group_parts, strict=True):
-            # Frozen parameters cost nothing until they are unfrozen, which makes a new plan.
-            if param.requires_grad or state.get(param):
-                layout = locate(inside, param, flats)
-                holding = _hold(group, rule, param, name, layout, state)
-                on_device.setdefault(holding.exp_avg_sq.device, []).append(holding)
-        for device, holdings in on_device.items():
-            for index, holding in enumerate(holdings):
-                holding.index = index
-            own = [state[holding.param] for holding in holdings]
-            lanes.append(Lane(group, rule, device, holdings, states.Counters(rule, own, device)))
-    plan = Plan(lanes, BlockSums(()), _signature(groups, state))
-    exact = any(group["deterministic"] for group in groups)
-    plan.sums = (ExactBlockSums if exact else BlockSums)(plan.holdings)
-    return plan
+    params = [seat.param for unit in units for seat in unit]
+    _drop_replaced(params, state)
+    return Plan([_unit(unit, state, flats) for unit in units], _signature(params, state))
 
 
-def _signature(groups: Sequence[dict[str, Any]], state: _State) -> tuple[object, ...]:
+def _unit(seats: Sequence[Seat], state: _State, flats: Flats) -> Unit:
+    on_device: dict[tuple[int, torch.device], list[Holding]] = {}
+    for seat in seats:
+        # Frozen parameters cost nothing until they are unfrozen, which makes a new plan.
+        if seat.param.requires_grad or state.get(seat.param):
+            holding = _hold(seat, state, flats)
+            key = id(seat.group), holding.exp_avg_sq.device
+            on_device.setdefault(key, []).append(holding)
+    lanes = []
+    for (_, device), holdings in on_device.items():
+        for index, holding in enumerate(holdings):
+            holding.index = index
+        group, rule = holdings[0].group, holdings[0].rule
+        own = [state[holding.param] for holding in holdings]
+        lanes.append(Lane(group, rule, device, holdings, states.Counters(rule, own, device)))
+    exact = any(seat.group["deterministic"] for seat in seats)
+    sums = (ExactBlockSums if exact else BlockSums)([h for lane in lanes for h in lane.holdings])
+    return Unit(lanes, sums)
+
+
+def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
     return tuple(
         (id(param), param.shape, param.device, param.requires_grad, id(state.get(param)))
-        for group in groups
-        for param in group["params"]
+        for param in params
     )
 
 
-def _hold(
-    group: dict[str, Any], rule: Rule, param: Tensor, name: str, layout: Layout, state: _State
-) -> Holding:
+def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
+    group, param = seat.group, seat.param
+    rule, layout = RULES[group["averaging"]], locate(seat.parts, param, flats)
     storage = state_storage(group["state_storage"], param.dtype)
     entries = state[param]
     if not entries:
@@ -191,7 +210,7 @@ def _hold(
             entries[key] = fresh
     return Holding(
         param=param,
-        name=name,
+        name=seat.name,
         layout=layout,
         rule=rule,
         weight_storage=weight_storage(group["weight_storage"], param.dtype),
@@ -205,8 +224,8 @@ def _hold(
     )
 
 
-def _drop_replaced(groups: Sequence[dict[str, Any]], state: _State) -> None:
-    present = {param for group in groups for param in group["params"]}
+def _drop_replaced(params: Iterable[Tensor], state: _State) -> None:
+    present = set(params)
     for param in [param for param in state if param not in present]:
         if states.number(state[param].get("step")) > 0.0:
             raise RuntimeError(

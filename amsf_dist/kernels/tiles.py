@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -45,8 +46,8 @@ def tiles(piece: Piece, device: torch.device) -> Iterator[Section]:
 
 def flat_line(memory: Tensor, piece: Piece) -> Tensor:
     """Memory as the flat line the runs count in; a copy where the weight lies in another order."""
-    order = piece.part.blocks.order
-    return (memory if order is None else memory.permute(order)).reshape(-1)
+    views = _views(memory, piece)
+    return views[0].reshape(-1) if len(views) == 1 else torch.cat([v.reshape(-1) for v in views])
 
 
 def flat_lines(holding: Holding, piece: Piece) -> tuple[tuple[Tensor, ...], ...]:
@@ -58,7 +59,20 @@ def flat_lines(holding: Holding, piece: Piece) -> tuple[tuple[Tensor, ...], ...]
 
 def put_back(memory: Tensor, piece: Piece, line: Tensor) -> None:
     """Write a line back when `flat_line` had to copy."""
-    if line.data_ptr() != memory.data_ptr():
-        order = piece.part.blocks.order
-        view = memory if order is None else memory.permute(order)
-        view.copy_(line.view(view.shape))
+    start = 0
+    for view in _views(memory, piece):
+        part = line[start : start + view.numel()]
+        if part.data_ptr() != view.data_ptr():
+            view.copy_(part.view(view.shape))
+        start += view.numel()
+
+
+def _views(memory: Tensor, piece: Piece) -> list[Tensor]:
+    """The memory with its dims in line order: as a whole, or box by box."""
+    order = piece.part.blocks.order
+    if not piece.boxes:
+        # a flat tensor holds intervals of lines, or boxes
+        return [memory if order is None or memory.dim() == 1 else memory.permute(order)]
+    assert order is not None
+    boxes = [(memory[b.offset :][: math.prod(b.shape)].view(b.shape)) for b in piece.boxes]
+    return [box.permute(order) for box in boxes]

@@ -8,15 +8,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from amsf_dist.shards.fsdp1 import FlatSlice, flat_layout, flat_slices, is_flat, reshard
+from amsf_dist.shards.flat import FlatSlice, flat_layout
+from amsf_dist.shards.fsdp1 import flat_slices, is_flat, reshard
 from amsf_dist.shards.fsdp2 import copy_into, fsdp2, on_paper, whole
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.replicated import replicated
 from amsf_dist.shards.vector import line_shape, vector_shape
+from amsf_dist.shards.zero import is_partitioned
 
 __all__ = [
     "Axis",
     "Cut",
+    "FlatSlice",
     "Flats",
     "Layout",
     "Part",
@@ -24,6 +27,7 @@ __all__ = [
     "copy_into",
     "flats_of",
     "forget_gathered",
+    "is_partitioned",
     "line_shape",
     "locate",
     "on_paper",
@@ -33,7 +37,7 @@ __all__ = [
 ]
 
 Flats = Mapping[Tensor, Sequence[FlatSlice]]
-"""What only the module tells: which parameters lie in a visible tensor, and which part of them."""
+"""What only the module or the engine tells: which parts of which parameters lie in a tensor."""
 
 
 def flats_of(model: nn.Module) -> Flats:
@@ -64,13 +68,13 @@ def parameters_in(name: str, param: Tensor, flats: Flats) -> list[tuple[str, tup
     Raises:
         ValueError: it is a slice of an FSDP1 flat parameter, and no module told of which.
     """
-    if is_flat(param):
-        if param not in flats:
-            raise ValueError(
-                f"{name or 'a parameter'} is a slice of an FSDP1 flat parameter, and a slice does "
-                "not tell which rows it holds: pass the wrapped model, AMSF(model, ...)"
-            )
+    if param in flats:
         return [(flat.name, flat.shape) for flat in flats[param]]
+    if is_flat(param):
+        raise ValueError(
+            f"{name or 'a parameter'} is a slice of an FSDP1 flat parameter, and a slice does "
+            "not tell which rows it holds: pass the wrapped model, AMSF(model, ...)"
+        )
     return [(name, tuple(param.shape))]
 
 
@@ -82,9 +86,9 @@ def locate(parts: Sequence[Part], param: Tensor, flats: Flats) -> Layout:
         param: what the optimizer was given; a DTensor under FSDP2 and tensor parallel.
         flats: from `flats_of`.
     """
-    if is_flat(param):
-        parameters_in(parts[0].name, param, flats)  # raises when no module told of it
+    if param in flats:
         return flat_layout(parts, flats[param])
+    parameters_in(parts[0].name, param, flats)  # raises where the module should have told of it
     (part,) = parts
     if isinstance(param, DTensor):
         return fsdp2(part, param)

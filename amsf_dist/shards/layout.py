@@ -11,7 +11,7 @@ from torch import Tensor
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.runs import Run
 
-__all__ = ["Axis", "Cut", "Layout", "Part", "Piece", "itself"]
+__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "itself"]
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -62,18 +62,33 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A stretch of a flat tensor's memory that is a box of a parameter.
+
+    Attributes:
+        offset: first number in the memory.
+        shape: of the box, dims in the order in which the parameter is stored.
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Piece:
     """What lies here of one part.
 
     Attributes:
         part: the parameter.
-        runs: this rank's part of its line; offsets in the tensor's memory (in line order), blocks
-            counted in the tensor's block vector.
+        runs: this rank's part of its line; offsets in the tensor's memory (in line order; in the
+            boxes one after another where there are boxes), blocks counted in the tensor's block
+            vector.
         first_block: where the piece's blocks begin in the tensor's block vector.
         num_blocks: how many they are; also blocks that lie elsewhere entirely, when the moments of
             a cut parameter are kept by all its ranks.
         first_sum: where its sums begin in the tensor's sums.
         cut_blocks: how many blocks of the whole parameter are shared by ranks.
+        boxes: where it lies, if in a flat tensor and in another order than its line.
     """
 
     part: Part
@@ -82,6 +97,7 @@ class Piece:
     num_blocks: int
     first_sum: int = 0
     cut_blocks: int = 0
+    boxes: tuple[Box, ...] = ()
 
     @property
     def num_sums(self) -> int:
@@ -123,7 +139,9 @@ class Layout:
         as_state: this rank's block vector -> how it stands in the optimizer's state.
         first: where in the memory the first number of the (first) parameter lies; None: elsewhere.
         flat: the tensor is a slice of a flat buffer: 1-D, and cut without regard to rows. Its
-            block vector depends on the sharding, so a state dict has it spread over the elements.
+            block vector depends on the sharding.
+        moments_by_element: in a state dict the block vector is spread over the elements, for
+            loaders that cut state where they cut the tensor.
     """
 
     pieces: tuple[Piece, ...]
@@ -133,6 +151,7 @@ class Layout:
     as_state: Callable[[Tensor], Tensor] = itself
     first: int | None = None
     flat: bool = False
+    moments_by_element: bool = False
 
     @property
     def num_blocks(self) -> int:

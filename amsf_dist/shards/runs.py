@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Run", "Section", "box_runs", "local_blocks"]
+__all__ = ["Run", "Section", "box_runs", "interval_boxes", "local_blocks"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,40 @@ def box_runs(
         return ()
     dims = _merged(list(zip(shape, offsets, lengths, strict=True)))
     return tuple(_box_runs(dims, block_numel))
+
+
+def interval_boxes(
+    shape: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Numbers [start, stop) of an array in row-major order, as boxes one after another.
+
+    Args:
+        shape: of the array, one dim or more.
+        start: first number.
+        stop: end.
+
+    Yields:
+        (offsets, lengths) of a box per dim; none of them empty.
+    """
+    if start >= stop:
+        return
+    inner = math.prod(shape[1:])
+    if inner == 1:  # also what remains of trailing dims of one
+        yield [start, *(0 for _ in shape[1:])], [stop - start, *shape[1:]]
+        return
+    first, last = -(-start // inner), stop // inner  # rows [first, last) are whole
+    head = min(first * inner, stop)
+    yield from _in_row(shape, start, head)
+    if first < last:
+        yield [first, *(0 for _ in shape[1:])], [last - first, *shape[1:]]
+    yield from _in_row(shape, max(last * inner, head), stop)
+
+
+def _in_row(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[list[int], list[int]]]:
+    inner = math.prod(shape[1:])
+    row = start // inner
+    for offsets, lengths in interval_boxes(shape[1:], start - row * inner, stop - row * inner):
+        yield [row, *offsets], [1, *lengths]
 
 
 def local_blocks(

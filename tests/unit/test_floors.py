@@ -26,6 +26,7 @@ FLOORS = (
         "plan",
         "audit",
         "groups",
+        "owner",
         "loading",
         "stamp",
         "checks",
