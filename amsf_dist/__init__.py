@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from amsf_dist.audit import explain
+from amsf_dist.integrations.deepspeed import register as _register
 from amsf_dist.optimizer import AMSF
 
 __all__ = ["AMSF", "__version__", "explain"]
 
 __version__ = "0.1.0"
+
+_register()  # the name in DeepSpeed's JSON

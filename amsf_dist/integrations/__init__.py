@@ -1,0 +1,1 @@
+"""Frameworks that bring models, or keep weights, of their own: one package each."""

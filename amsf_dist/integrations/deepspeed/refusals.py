@@ -1,0 +1,104 @@
+"""What DeepSpeed can be told to do that AMSF cannot do right: refused, with the cure."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+__all__ = ["refuse", "refuse_client", "refuse_replacement"]
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_client(engine: Any) -> None:
+    """Before DeepSpeed looks at an AMSF instance, or at a callable that makes one.
+
+    Raises:
+        RuntimeError: DeepSpeed insists on its own CPU optimizer.
+    """
+    if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer():
+        raise RuntimeError(
+            "DeepSpeed offloads the optimizer and takes no other than DeepSpeedCPUAdam from a "
+            'client: set "zero_force_ds_cpu_optimizer": false at the top of its configuration, or '
+            'name AMSF there, "optimizer": {"type": "AMSF", "params": {...}}, and pass none'
+        )
+
+
+def refuse_replacement(by: str) -> None:
+    """Another optimizer carries our parameter groups: accelerate has put it in AMSF's place.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"AMSF was silently replaced by {by}: accelerate does this where the optimizer is "
+        'offloaded. Set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration, or '
+        'name AMSF there, "optimizer": {"type": "AMSF", "params": {...}}, and pass '
+        "accelerate.utils.DummyOptim(model.parameters()) to prepare()"
+    )
+
+
+def refuse(engine: Any) -> None:
+    """After DeepSpeed has built its wrapper.
+
+    Raises:
+        RuntimeError: it was told to do something that would train wrongly.
+    """
+    config, zero = engine._config, engine._config.zero_config
+    wrapper = engine.optimizer
+    problems = {
+        "offload_optimizer to nvme: it keeps no fp32 weights between steps; offload to cpu": (
+            engine.zero_nvme_offload_optimizer()
+        ),
+        "offload_optimizer.ratio below 1: its second optimizer must be DeepSpeed's own; set it "
+        "to 1.0, or leave it out": (
+            zero.offload_optimizer is not None and float(zero.offload_optimizer.ratio) < 1.0
+        ),
+        "super_offload: it runs Adam in a process of its own; leave it out": bool(
+            getattr(zero.offload_optimizer, "super_offload", False)
+        ),
+        "zenflow: it runs an Adam of its own; leave it out": bool(getattr(engine, "zenflow", None)),
+        "elastic_checkpoint: it gives every rank the block moments of the first; leave it out, "
+        "checkpoints load on any number of ranks without it": bool(zero.elastic_checkpoint),
+        "compute_grad_norm: false with fp16 autocast: ranks would skip different steps; leave "
+        "compute_grad_norm out": (
+            not getattr(zero, "compute_grad_norm", True)
+            and engine.torch_autocast_enabled()
+            and engine.torch_autocast_dtype() == torch.float16
+        ),
+        "tensor parallelism: rows are cut over its ranks, which the optimizer is not told; use "
+        "FSDP2 with tensor parallelism instead": _tensor_parallel(engine),
+        "masters in 16 bits (bf16_master_weights_and_grads, fp16_master_weights_and_grads): small "
+        "updates would be lost in them; leave it out": _low_precision_masters(wrapper),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise RuntimeError(f"AMSF under DeepSpeed does not work with {problem}")
+    if "gradient_clipping" not in config._param_dict and config.gradient_clipping:
+        logger.warning(
+            "gradient_clipping is not set, and this DeepSpeed clips at a norm of %g by default: "
+            'say "gradient_clipping": %g, or 0.0 for none',
+            config.gradient_clipping,
+            config.gradient_clipping,
+        )
+
+
+def _tensor_parallel(engine: Any) -> bool:
+    if engine.mpu is not None and hasattr(engine.mpu, "get_tensor_model_parallel_world_size"):
+        return bool(engine.mpu.get_tensor_model_parallel_world_size() > 1)
+    if engine.mpu is not None and hasattr(engine.mpu, "get_model_parallel_world_size"):
+        return bool(engine.mpu.get_model_parallel_world_size() > 1)
+    return bool(engine.autotp_size() > 1) if hasattr(engine, "autotp_size") else False
+
+
+def _low_precision_masters(wrapper: Any) -> bool:
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
+        if any(flat.dtype.itemsize < 4 for flat in getattr(wrapper, name, ())):
+            return True
+    return False
