@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from amsf_dist.kernels import Holding
-from amsf_dist.shards import Flats
+from amsf_dist.shards import Flats, vector_shape
 
 __all__ = ["describe"]
 
@@ -22,7 +22,8 @@ def describe(holding: Holding, flats: Flats) -> list[dict[str, Any]]:
     Returns:
         name, shape; offset in the tensor, start and stop in the parameter (row-major, as stored);
         block_numel; first_moment in the tensor's block vector, num_moments there, and first_block,
-        the block of the parameter that the first of them belongs to.
+        the block of the parameter that the first of them belongs to; moment_shape, of the whole
+        vector in a state dict of one process.
     """
     return list(_records(holding, flats))
 
@@ -44,5 +45,6 @@ def _records(holding: Holding, flats: Flats) -> Iterator[dict[str, Any]]:
             "block_numel": size,
             "first_moment": piece.first_block,
             "num_moments": piece.num_blocks,
+            "moment_shape": vector_shape(piece.part.shape, piece.part.blocks),
             "first_block": 0 if piece.boxes or slices is None else start // size,
         }

@@ -1,0 +1,127 @@
+"""Saved numbers into the tensors of an engine, wherever they were cut when they were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amsf_dist.hyper import Hyper
+from amsf_dist.integrations.deepspeed.pieces import describe
+from amsf_dist.integrations.deepspeed.saved import WEIGHT, Saved
+from amsf_dist.kernels import Holding
+from amsf_dist.optimizer import AMSF
+from amsf_dist.shards import Flats
+from amsf_dist.state import MOMENT, STASH
+
+__all__ = ["fill"]
+
+# They decide what the state looks like: the optimizer keeps its own.
+_FIXED = (
+    "params",
+    "param_names",
+    "averaging",
+    "blocks",
+    "head_dim",
+    "weight_storage",
+    "state_storage",
+    "seed",
+    "deterministic",
+    "first_weights",
+)
+
+
+@torch.no_grad()
+def fill(optimizer: AMSF, flats: Flats, saved: Saved, with_state: bool = True) -> None:
+    """Take over weights, state and options; the caller publishes the weights.
+
+    Args:
+        optimizer: bound to an engine.
+        flats: which parts of which parameters lie in its tensors.
+        saved: names every parameter of the optimizer.
+        with_state: False: the weights alone; the state stays as it is.
+
+    Raises:
+        ValueError: it belongs to another model, other blocks or another averaging; nothing is
+            changed then.
+    """
+    for holding, record in _records(optimizer, flats):
+        _check(holding, record, saved)
+    for holding, record in _records(optimizer, flats):
+        _copy_weights(holding, record, saved)
+        if with_state:
+            _copy_state(holding, optimizer.state[holding.param], record, saved)
+    if not with_state:
+        return
+    for group in optimizer.param_groups:
+        names = [
+            record["name"]
+            for holding, record in _records(optimizer, flats)
+            if holding.group is group
+        ]
+        options = saved.groups[saved.group_of[names[0]]]
+        changes = {key: value for key, value in options.items() if key not in _FIXED}
+        known = Hyper.__dataclass_fields__
+        Hyper.of({key: value for key, value in changes.items() if key in known})
+        group.update(changes)
+
+
+def _records(optimizer: AMSF, flats: Flats) -> Iterator[tuple[Holding, dict[str, Any]]]:
+    for holding in optimizer.holdings:
+        for record in describe(holding, flats):
+            yield holding, record
+
+
+def _check(holding: Holding, record: dict[str, Any], saved: Saved) -> None:
+    name = record["name"]
+    if name not in saved.fragments:
+        raise ValueError(
+            f"the checkpoint knows no parameter named {name!r} (it has "
+            f"{sorted(saved.fragments)[:3]} and {len(saved.fragments)} in all); load the "
+            "checkpoint of the same model"
+        )
+    if saved.shapes[name] != tuple(record["shape"]):
+        raise ValueError(
+            f"{name}: saved with shape {saved.shapes[name]}, this model has {record['shape']}"
+        )
+    if saved.block_numel[name] != record["block_numel"]:
+        raise ValueError(
+            f"{name}: saved with blocks of {saved.block_numel[name]} numbers, this optimizer has "
+            f"blocks of {record['block_numel']}; build it with the blocks= and head_dim= of then"
+        )
+    averaging = saved.groups[saved.group_of[name]]["averaging"]
+    if averaging != holding.group["averaging"]:
+        raise ValueError(
+            f"{name}: saved with averaging={averaging!r}, this optimizer has "
+            f"{holding.group['averaging']!r}; build it with the saved one"
+        )
+
+
+def _copy_weights(holding: Holding, record: dict[str, Any], saved: Saved) -> None:
+    start, stop = record["start"], record["stop"]
+    here = slice(record["offset"], record["offset"] + stop - start)
+    memory = holding.memory(holding.param).view(-1)
+    saved.read(record["name"], WEIGHT, start, stop, memory[here])
+
+
+def _copy_state(
+    holding: Holding, state: dict[str, Any], record: dict[str, Any], saved: Saved
+) -> None:
+    name, start, stop = record["name"], record["start"], record["stop"]
+    here = slice(record["offset"], record["offset"] + stop - start)
+    for key, value in state.items():
+        if key not in (MOMENT, STASH) and key not in holding.rule.counters:
+            saved.read(name, key, start, stop, holding.memory(value).view(-1)[here])
+    averaging = not saved.groups[saved.group_of[name]]["train_mode"]
+    if averaging and any(STASH in part.lines for part in saved.fragments[name]):
+        stash: Tensor = state.setdefault(STASH, torch.zeros_like(holding.param.detach()))
+        saved.read(name, STASH, start, stop, holding.memory(stash).view(-1)[here])
+    elif not averaging:
+        state.pop(STASH, None)
+    first, count = record["first_moment"], record["num_moments"]
+    moments = holding.exp_avg_sq[first : first + count]
+    saved.read_moments(name, record["first_block"], count, moments)
+    for counter in holding.rule.counters:
+        state[counter].fill_(saved.counters[name][counter])
