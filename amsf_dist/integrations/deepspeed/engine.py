@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amsf_dist.architecture import read_architecture
 from amsf_dist.blocks import canonical_name
 from amsf_dist.groups import Seat, cut_lines
+from amsf_dist.integrations.deepspeed.loss_scale import scale_loss_in_backward
 from amsf_dist.integrations.deepspeed.pieces import describe
 from amsf_dist.integrations.deepspeed.publish import publish
 from amsf_dist.optimizer import AMSF
@@ -31,7 +32,6 @@ _PASSED_ON = (
     "averaged_state_dict",
     "explain",
     "memory",
-    "skipped_steps",
 )
 
 
@@ -59,13 +59,10 @@ class Engine:
         """Let the engine's AMSF train the tensors of the engine."""
         optimizer: AMSF = engine.basic_optimizer
         optimizer.bind(Engine(engine))
-        wrapper = engine.optimizer
-        if wrapper is optimizer:
-            return
-        for name in _PASSED_ON:
-            if name == "skipped_steps":
-                continue
-            setattr(wrapper, name, getattr(optimizer, name))
+        scale_loss_in_backward(engine)
+        if engine.optimizer is not optimizer:
+            for name in _PASSED_ON:
+                setattr(engine.optimizer, name, getattr(optimizer, name))
 
     def _seat(self, seen: Visible, facts: Mapping[str, Any]) -> Seat:
         group = self._groups[seen.group]
