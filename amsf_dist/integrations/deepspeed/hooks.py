@@ -8,7 +8,7 @@ it has no hook: so two methods of its engine are wrapped, and do nothing for oth
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -42,15 +42,20 @@ def _wrap_engine(module: ModuleType) -> None:
         from amsf_dist.integrations.deepspeed import refusals
         from amsf_dist.integrations.deepspeed.engine import Engine
 
-        if isinstance(client_optimizer, AMSF):
-            refusals.refuse_client(self)
-            _hand_over(client_optimizer)
-        elif _was_ours(client_optimizer):
+        if _was_ours(client_optimizer):
             refusals.refuse_replacement(type(client_optimizer).__name__)
+        if isinstance(client_optimizer, AMSF):
+            _expect(self)
+            _hand_over(client_optimizer)
+        elif client_optimizer is None and self.optimizer_name() == NAME:
+            refusals.refuse_settings(self)
+        elif callable(client_optimizer):
+            client_optimizer = _checked(self, client_optimizer)
         with building():
             configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, AMSF):
-            refusals.refuse(self)
+            refusals.refuse_masters(self.optimizer)
+            refusals.warn_of_clipping(self._config)
             Engine.bind(self)
 
     @functools.wraps(load)
@@ -63,6 +68,26 @@ def _wrap_engine(module: ModuleType) -> None:
 
     engine_class._configure_optimizer = _configure_optimizer
     engine_class.load_checkpoint = load_checkpoint
+
+
+def _expect(engine: Any) -> None:
+    """Refuse what cannot be right for an AMSF that does not come from the JSON."""
+    from amsf_dist.integrations.deepspeed import refusals
+
+    refusals.refuse_client(engine)
+    refusals.refuse_settings(engine)
+
+
+def _checked(engine: Any, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A callable that makes an optimizer, and a look at what it made."""
+
+    def made(params: Any) -> Any:
+        optimizer = make(params)
+        if isinstance(optimizer, AMSF):
+            _expect(engine)
+        return optimizer
+
+    return made
 
 
 def _hand_over(optimizer: AMSF) -> None:
@@ -81,6 +106,8 @@ def _hand_over(optimizer: AMSF) -> None:
 
 
 def _was_ours(optimizer: Any) -> bool:
+    if isinstance(optimizer, AMSF):
+        return False
     groups = getattr(optimizer, "param_groups", ())
     return any(
         isinstance(group, Mapping) and all(key in group for key in _OURS) for group in groups

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["refuse", "refuse_client", "refuse_replacement"]
+__all__ = [
+    "refuse_client",
+    "refuse_masters",
+    "refuse_replacement",
+    "refuse_settings",
+    "warn_of_clipping",
+]
 
 logger = logging.getLogger(__name__)
 
 
 def refuse_client(engine: Any) -> None:
-    """Before DeepSpeed looks at an AMSF instance, or at a callable that makes one.
+    """Before DeepSpeed looks at an AMSF instance, or at what a callable has made.
 
     Raises:
         RuntimeError: DeepSpeed insists on its own CPU optimizer.
@@ -40,28 +46,26 @@ def refuse_replacement(by: str) -> None:
     )
 
 
-def refuse(engine: Any) -> None:
-    """After DeepSpeed has built its wrapper.
+def refuse_settings(engine: Any) -> None:
+    """Before DeepSpeed builds its wrapper.
 
     Raises:
         RuntimeError: it was told to do something that would train wrongly.
     """
-    config, zero = engine._config, engine._config.zero_config
-    wrapper = engine.optimizer
+    zero = engine._config.zero_config
+    offload = zero.offload_optimizer
     problems = {
         "offload_optimizer to nvme: it keeps no fp32 weights between steps; offload to cpu": (
-            engine.zero_nvme_offload_optimizer()
+            getattr(offload, "device", None) == "nvme"
         ),
         "offload_optimizer.ratio below 1: its second optimizer must be DeepSpeed's own; set it "
-        "to 1.0, or leave it out": (
-            zero.offload_optimizer is not None and float(zero.offload_optimizer.ratio) < 1.0
+        "to 1.0, or leave it out": offload is not None and float(offload.ratio) < 1.0,
+        "super_offload: it runs an Adam in a process of its own; leave it out": (
+            getattr(offload, "super_offload", False)
         ),
-        "super_offload: it runs Adam in a process of its own; leave it out": bool(
-            getattr(zero.offload_optimizer, "super_offload", False)
-        ),
-        "zenflow: it runs an Adam of its own; leave it out": bool(getattr(engine, "zenflow", None)),
+        "zenflow: it runs an Adam of its own; leave it out": getattr(engine, "zenflow", None),
         "elastic_checkpoint: it gives every rank the block moments of the first; leave it out, "
-        "checkpoints load on any number of ranks without it": bool(zero.elastic_checkpoint),
+        "checkpoints load on any number of ranks without it": zero.elastic_checkpoint,
         "compute_grad_norm: false with fp16 autocast: ranks would skip different steps; leave "
         "compute_grad_norm out": (
             not getattr(zero, "compute_grad_norm", True)
@@ -70,12 +74,33 @@ def refuse(engine: Any) -> None:
         ),
         "tensor parallelism: rows are cut over its ranks, which the optimizer is not told; use "
         "FSDP2 with tensor parallelism instead": _tensor_parallel(engine),
-        "masters in 16 bits (bf16_master_weights_and_grads, fp16_master_weights_and_grads): small "
-        "updates would be lost in them; leave it out": _low_precision_masters(wrapper),
     }
     for problem, present in problems.items():
         if present:
             raise RuntimeError(f"AMSF under DeepSpeed does not work with {problem}")
+
+
+def refuse_masters(wrapper: Any) -> None:
+    """After DeepSpeed has built its wrapper.
+
+    Raises:
+        RuntimeError: the weights that the optimizer moves have 16 bits.
+    """
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
+        if any(flat.dtype.itemsize < 4 for flat in getattr(wrapper, name, ())):
+            raise RuntimeError(
+                "AMSF under DeepSpeed does not work with masters in 16 bits "
+                "(bf16_master_weights_and_grads, fp16_master_weights_and_grads): small updates "
+                "would be lost in them; leave it out"
+            )
+
+
+def warn_of_clipping(config: Any) -> None:
+    """Say once what DeepSpeed does unasked: it changes every update."""
     if "gradient_clipping" not in config._param_dict and config.gradient_clipping:
         logger.warning(
             "gradient_clipping is not set, and this DeepSpeed clips at a norm of %g by default: "
@@ -91,14 +116,3 @@ def _tensor_parallel(engine: Any) -> bool:
     if engine.mpu is not None and hasattr(engine.mpu, "get_model_parallel_world_size"):
         return bool(engine.mpu.get_model_parallel_world_size() > 1)
     return bool(engine.autotp_size() > 1) if hasattr(engine, "autotp_size") else False
-
-
-def _low_precision_masters(wrapper: Any) -> bool:
-    for name in (
-        "fp32_partitioned_groups_flat",
-        "single_partition_of_fp32_groups",
-        "fp32_groups_flat_partition",
-    ):
-        if any(flat.dtype.itemsize < 4 for flat in getattr(wrapper, name, ())):
-            return True
-    return False

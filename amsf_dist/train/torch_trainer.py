@@ -1,0 +1,144 @@
+"""The trainer that is torch's own: FSDP2, DDP or one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from transformers import PretrainedConfig
+
+from amsf_dist.train.config import Config
+from amsf_dist.train.evaluation import sequence_losses
+from amsf_dist.train.model import build_model
+from amsf_dist.train.optimizers import (
+    adamw_fp32,
+    build_optimizer,
+    evaluation_weights,
+    local_elements,
+    memory_by_owner,
+)
+from amsf_dist.train.parallel import World, arithmetic, build_parallel_model, gradient_sync
+from amsf_dist.train.zero_files import holds_zero, read_whole
+
+__all__ = ["TorchTrainer", "build_torch_trainer", "train_alone"]
+
+
+class TorchTrainer:
+    """A model that torch has sharded or copied; see `trainer.Trainer`."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ) -> None:
+        """Keep the parts; see `build_torch_trainer`."""
+        self.model = model
+        self.optimizer = optimizer
+        self._config = config
+        self._world = world
+
+    def backward(self, windows: Tensor, last: bool) -> Tensor:
+        """Add the gradient of a micro-batch; it is reduced as the config says."""
+        micro_batches = self._config.accumulation(self._world.size)
+        with gradient_sync(self.model, last, self._config):
+            with arithmetic(self._config, self._world):
+                part = sequence_losses(self.model, windows).mean() / micro_batches
+            part.backward()
+        return part.detach()
+
+    def move(self) -> float:
+        """Clip, step unless the gradient is not finite, and let go of it."""
+        norm = _clip(self.model, self._config.max_grad_norm)
+        if np.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def write(self, directory: Path) -> None:
+        """Write torch.distributed.checkpoint files, a part from each process."""
+        weights, state = get_state_dict(self.model, self.optimizer)
+        whole = {"model": weights, "optimizer": state}
+        dcp.save(whole, checkpoint_id=directory)  # type: ignore[attr-defined]
+
+    def read(self, directory: Path) -> None:
+        """Fill model and optimizer, from DeepSpeed's files too."""
+        if holds_zero(directory):
+            whole_weights, whole_state = read_whole(directory, self._config)
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=whole_weights,
+                optim_state_dict=whole_state,
+                # not strict: tied weights are there once
+                options=StateDictOptions(full_state_dict=True, strict=False),
+            )
+            return
+        weights, state = get_state_dict(self.model, self.optimizer)
+        whole = {"model": weights, "optimizer": state}
+        alone = self._world.size == 1
+        dcp.load(whole, checkpoint_id=directory, no_dist=alone)  # type: ignore[attr-defined]
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=weights, optim_state_dict=state
+        )
+
+    def whole_weights(self, newest: Path) -> dict[str, Tensor]:
+        """Gather the evaluation weights on the main process; the files are not needed."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        with evaluation_weights(self.optimizer):
+            weights = get_model_state_dict(self.model, options=options)
+            # On one process they are the live ones, which go back to y.
+            return {name: value.clone() for name, value in weights.items()}
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of this process's shards."""
+        return memory_by_owner(self.optimizer)
+
+    def adamw_memory(self) -> dict[str, int]:
+        """Return the bytes of the same shards under AdamW."""
+        return adamw_fp32(local_elements(self.optimizer))
+
+    def close(self) -> None:
+        """Nothing is held that Python does not let go of."""
+
+
+def build_torch_trainer(config: Config, found: PretrainedConfig, world: World) -> TorchTrainer:
+    """Build a model under `fsdp2`, `ddp` or `single`, and its optimizer.
+
+    Raises:
+        UserError: if one of them refuses the config.
+    """
+    model = build_parallel_model(config, found, world)
+    with world.together():
+        optimizer = build_optimizer(config, model)
+    return TorchTrainer(model, optimizer, config, world)
+
+
+def train_alone(config: Config, found: PretrainedConfig) -> TorchTrainer:
+    """Build the whole model in this process's memory; the other processes are left alone."""
+    model = build_model(config, found, "cpu")
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    return TorchTrainer(model, build_optimizer(config, model), config, world)
+
+
+def _clip(model: nn.Module, max_norm: float | None) -> float:
+    """Clip, and return the norm before it: of the whole gradient, so the same on every process."""
+    grads = [param.grad for param in model.parameters() if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    factor = 1.0 if max_norm is None else max_norm / (float(norm) + 1e-6)
+    if factor < 1.0 and np.isfinite(factor):
+        torch._foreach_mul_([_local(grad) for grad in grads], factor)
+    return float(norm)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
