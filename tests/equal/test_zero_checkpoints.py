@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layouts import OPTIONS, SHAPES, relative_error
+import torch.distributed as dist
+from layouts import OPTIONS, SHAPES, fsdp2, relative_error
 from layouts import moments as plain_moments
 from layouts import train as train_plain
 from layouts import weights as plain_weights
 from models import Transformer
 from ranks import run_ranks
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from zero import CLIP, HEADS, config, counters, engine_of, everything, train
 
 from amsf_dist import AMSF
@@ -163,3 +172,38 @@ def test_one_process_and_back(saved: tuple[str, Any], tmp_path: Path) -> None:
     for world_size, name, mode in ((2, "3", "y"), (3, "2", "x")):
         for found in run_ranks(world_size, full_to_zero, str(tmp_path), name, mode):
             assert_same_run(found, uninterrupted, exact=False)
+
+
+def zero_to_fsdp2(folder: str, tag: str) -> Any:
+    """A DeepSpeed checkpoint into FSDP2, to the end; and what it saves half way."""
+    model = fsdp2(Transformer(SHAPE, dtype=torch.float32))
+    optimizer = AMSF(model, head_dim=HEADS, **OPTIONS)
+    weights, state = full_state_dicts(folder, tag) if dist.get_rank() == 0 else ({}, {})
+    everywhere = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=everywhere)
+    set_optimizer_state_dict(model, optimizer, state, options=everywhere)
+    optimizer.train()
+    whole = StateDictOptions(full_state_dict=True)
+    middle = copy.deepcopy(  # what is not sharded is the live tensor
+        {
+            "model_state_dict": get_model_state_dict(model, options=whole),
+            "state_dict": get_optimizer_state_dict(model, optimizer, options=whole),
+        }
+    )
+    train_plain(model, optimizer, SHAPE.vocab, range(HALF, STEPS), clip=CLIP)
+    found = {"y": plain_weights(model), "v": plain_moments(model, optimizer)}
+    with optimizer.averaged_parameters():
+        found["x"] = plain_weights(model)
+    return {(tag[:-2], tag[-1], "fsdp2"): found}, middle
+
+
+@pytest.mark.xdist_group("zero checkpoints")
+@pytest.mark.parametrize("tag", ["3 y", "2 x"])
+def test_fsdp2_and_back(saved: tuple[str, Any], tmp_path: Path, tag: str) -> None:
+    folder, uninterrupted = saved
+    ranks = run_ranks(3, zero_to_fsdp2, folder, tag)
+    for found, _ in ranks:
+        assert_same_run(found, uninterrupted, exact=False)
+    torch.save(ranks[0][1], tmp_path / "fsdp2.pt")
+    for found in run_ranks(2, full_to_zero, str(tmp_path), "3", "fsdp2"):
+        assert_same_run(found, uninterrupted, exact=False)

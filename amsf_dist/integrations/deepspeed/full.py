@@ -46,7 +46,7 @@ def full_state_dicts(
     for number, options in enumerate(saved.groups):
         names = [name for name in saved.fragments if saved.group_of[name] == number]
         kept = {key: value for key, value in options.items() if key != "first_weights"}
-        groups.append({**kept, "params": names, "param_names": names})
+        groups.append({**kept, "params": names})
     return {**model.frozen, **model.buffers, **weights}, {"state": state, "param_groups": groups}
 
 
