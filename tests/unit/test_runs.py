@@ -21,11 +21,12 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
+from amsf_dist.kernels.tiles import flat_line, put_back
 from amsf_dist.shards.flat import FlatSlice, flat_layout
 from amsf_dist.shards.fsdp2 import cut_mesh_dims, fsdp2, on_paper
 from amsf_dist.shards.layout import Axis, Layout, Part
 from amsf_dist.shards.replicated import replicated
-from amsf_dist.shards.runs import Run, box_runs, local_blocks
+from amsf_dist.shards.runs import Run, box_runs, interval_boxes, local_blocks
 from amsf_dist.shards.vector import line_shape, vector_shape
 
 SHAPES = st.lists(st.integers(0, 6), max_size=4).map(tuple)
@@ -417,7 +418,7 @@ def test_cases_that_once_went_wrong(setting: Setting) -> None:
 @st.composite
 def flats(draw: st.DrawFn) -> tuple[list[Part], list[int], int]:
     """Parameters, numbers of padding before each (FSDP1 aligns them), and ranks."""
-    inside = draw(st.lists(parts(size=4, transposed=False), min_size=1, max_size=4))
+    inside = draw(st.lists(parts(size=4), min_size=1, max_size=4))
     padding = [draw(st.integers(0, 3)) for _ in inside]
     return inside, padding, draw(st.integers(1, 5))
 
@@ -435,7 +436,7 @@ def test_slices_of_a_flat_parameter_agree_on_the_sums_of_the_whole(
         -9, 9, (length * world_size,), generator=torch.Generator().manual_seed(seed)
     )
     expected = [
-        values[start : start + size].view(-1, part.blocks.block_numel).sum(1)
+        in_line_order(values[start : start + size], part).view(-1, part.blocks.block_numel).sum(1)
         for part, start, size in zip(inside, starts, sizes, strict=True)
     ]
 
@@ -445,10 +446,14 @@ def test_slices_of_a_flat_parameter_agree_on_the_sums_of_the_whole(
         layout = flat_layout(inside, slices(inside, starts, length, rank, world_size))
         memory = values[rank * length : (rank + 1) * length]
         here = torch.zeros(layout.num_blocks, dtype=torch.int64)
-        for section in (s for piece in layout.pieces for r in piece.runs for s in r.sections()):
-            part = memory[section.start : section.stop].view(section.num_blocks, -1)
-            here[section.first_block : section.first_block + section.num_blocks] += part.sum(1)
-            seen[rank * length + section.start : rank * length + section.stop] += 1
+        counted = seen[rank * length : (rank + 1) * length]
+        for piece in layout.pieces:
+            line, count = flat_line(memory, piece), flat_line(counted, piece)
+            for section in (s for run in piece.runs for s in run.sections()):
+                part = line[section.start : section.stop].view(section.num_blocks, -1)
+                here[section.first_block : section.first_block + section.num_blocks] += part.sum(1)
+                count[section.start : section.stop] += 1
+            put_back(counted, piece, count)
         layouts.append(layout)
         sums.append(here)
     for start, size in zip(starts, sizes, strict=True):
@@ -467,8 +472,32 @@ def test_slices_of_a_flat_parameter_agree_on_the_sums_of_the_whole(
             here[blocks_of_sums(layout, cut.sums)] = payload[list(cut.slots)]
         for piece, start, total in zip(layout.pieces, starts, expected, strict=True):
             first = max(rank * length - start, 0) // piece.part.blocks.block_numel
+            first = 0 if piece.boxes else first  # all its blocks
             mine = here[piece.first_block : piece.first_block + piece.num_blocks]
             assert torch.equal(mine, total[first : first + piece.num_blocks])
+
+
+def in_line_order(values: torch.Tensor, part: Part) -> torch.Tensor:
+    order = part.blocks.order
+    return values if order is None else values.view(part.shape).permute(order).reshape(-1)
+
+
+@quick(200)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_an_interval_is_a_few_boxes_in_order(shape: list[int], data: st.DataObject) -> None:
+    numel = math.prod(shape)
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    numbers = torch.arange(numel).view(shape)
+    boxes = list(interval_boxes(shape, start, stop))
+    assert len(boxes) <= 2 * len(shape) - 1
+    seen = [
+        numbers[tuple(slice(a, a + n) for a, n in zip(offsets, lengths, strict=True))].flatten()
+        for offsets, lengths in boxes
+    ]
+    assert all(math.prod(lengths) for _, lengths in boxes)
+    found = torch.cat(seen) if seen else numbers.flatten()[:0]
+    assert torch.equal(found, torch.arange(start, stop))
 
 
 def blocks_of_sums(layout: Layout, sums: Sequence[int]) -> list[int]:
