@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from clipping import clip_
 from layouts import OPTIONS, SHAPES, loss_of, relative_error
 from layouts import moments as plain_moments
 from layouts import train as train_plain
 from layouts import weights as plain_weights
-from models import Transformer, assert_same_bits, batch
+from models import Transformer, assert_same_bits
 from ranks import run_ranks
 from torch import nn
 from zero import CLIP, HEADS, config, counters, engine_of, everything, train, weights
@@ -246,54 +244,3 @@ def test_heads_are_read_from_the_module_also_under_zero_init() -> None:
             for what, value in theirs.items():
                 error, where = relative_error(values[what], value, NOISE)
                 assert error <= 1e-5, f"{how}: {what} of {where}: {error:.1e}"
-
-
-# --- a model whose weights lie transposed ---------------------------------------------------------
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    shape = {"n_embd": 12, "n_head": 3, "n_layer": 1, "n_positions": 16, "vocab_size": 23}
-    drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**shape, **drop))
-
-
-def gpt2_loss(model: nn.Module, step: int, rank: int = 0, world_size: int = 1) -> torch.Tensor:
-    tokens = batch(step, 23, size=12).chunk(world_size)[rank]
-    logits = model(tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def gpt2_under_deepspeed() -> Any:
-    found = {}
-    for name, settings in {"1": {"stage": 1}, "2": {"stage": 2}, "3": ZERO_3}.items():
-        settings = config(**settings, amsf={"head_dim": None, "eps": 1e-5})
-        engine = engine_of(gpt2(), settings)
-        for step in range(STEPS):
-            engine.backward(gpt2_loss(engine, step, dist.get_rank(), dist.get_world_size()))
-            engine.step()
-        found[name] = everything(engine)
-        engine.destroy()
-    return found
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_transposed_weights(world_size: int) -> None:
-    model = gpt2()
-    optimizer = AMSF(model, **{**OPTIONS, "eps": 1e-5})
-    assert any(row.kind == "row" and "c_fc" in row.name for row in optimizer.explain().rows)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        gpt2_loss(model, step).backward()
-        clip_(model, CLIP)
-        optimizer.step()
-    theirs = {"y": plain_weights(model), "v": plain_moments(model, optimizer)}
-    with optimizer.averaged_parameters():
-        theirs["x"] = plain_weights(model)
-    for found in run_ranks(world_size, gpt2_under_deepspeed):
-        for name, values in found.items():
-            for what, value in theirs.items():
-                error, where = relative_error(values[what], value)
-                assert error <= 1e-5, f"{name}: {what} of {where}: {error:.1e}"
