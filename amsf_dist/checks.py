@@ -14,20 +14,22 @@ __all__ = ["refuse_gradients", "refuse_replaced"]
 
 
 def refuse_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse gradients that cannot be used.
+    """Refuse a step whose gradients cannot be used.
 
     Raises:
-        RuntimeError: they were taken while the parameters held the average, or are sparse.
+        RuntimeError: the parameters hold the average, or a gradient is sparse.
     """
     for group in groups:
+        # Whatever has a gradient here: FSDP1 leaves some ranks without any, and where the others
+        # raise they must too, or they would wait for them in the all-reduce.
+        if not group["train_mode"]:
+            raise RuntimeError(
+                "step() while the parameters hold the average x: call optimizer.train() before the "
+                "forward pass of training"
+            )
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            if not group["train_mode"]:
-                raise RuntimeError(
-                    "step() with gradients while the parameters hold the average x: call "
-                    "optimizer.train() before the forward pass of training"
-                )
             if param.grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"{names_of(group)[index] or 'a parameter'}: sparse gradients are not "

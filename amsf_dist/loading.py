@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amsf_dist import kernels, stamp
+from amsf_dist.blocks import canonical_name
 from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
@@ -52,7 +53,7 @@ def completed(
     if not stamps:
         stamps = stamp.first_weights(holdings, state)
     saved_groups = [
-        {**saved, stamp.KEY: [stamps.get(id(param)) for param in group["params"]]}
+        {**saved, stamp.KEY: stamp.written(group, holdings, stamps)}
         for saved, group in zip(state_dict["param_groups"], groups, strict=True)
     ]
     entries = dict(state_dict["state"])
@@ -60,7 +61,9 @@ def completed(
     params = [param for group in groups for param in group["params"]]
     for index, param in enumerate(params):
         if id(param) in flat:
-            entries[index] = {**entries[index], MOMENT: kernels.spread(flat[id(param)])}
+            # a slice is a line, but where FSDP1 does not shard, its parameters keep their shapes
+            moments = kernels.spread(flat[id(param)]).view(param.shape)
+            entries[index] = {**entries[index], MOMENT: moments}
     return {**state_dict, "state": entries, "param_groups": saved_groups}
 
 
@@ -85,7 +88,8 @@ def load(
         ValueError: it belongs to other parameters, groups, blocks or averaging; nothing is changed.
     """
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    keys = _match(groups, saved_groups)
+    by_element = {id(h.group) for h in holdings if h.layout.moments_by_element}
+    keys = _match(groups, saved_groups, by_element)
     saved = {id(h.param): saved_state.get(keys[id(h.param)]) for h in holdings}
     for holding in holdings:
         if entries := saved[id(holding.param)]:
@@ -106,22 +110,25 @@ def load(
     _count_along(holdings, state, saved)
     for group, changes in zip(groups, options, strict=True):
         group.update(copy.deepcopy(changes))
-    first = {
+    return {
         key: weight
-        for saved_group in saved_groups
-        for key, weight in zip(saved_group["params"], saved_group.get(stamp.KEY, ()), strict=False)
+        for group, theirs in zip(groups, saved_groups, strict=True)
+        for key, weight in stamp.read(theirs.get(stamp.KEY), group, holdings).items()
     }
-    return {id(holding.param): first.get(keys[id(holding.param)]) for holding in holdings}
 
 
 def _match(
-    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
+    by_element: Collection[int],
 ) -> dict[int, Any]:
     """Find which saved parameter is which of ours.
 
     Args:
         groups: our parameter groups.
         saved: the parameter groups of a state dict.
+        by_element: id of those of ours that FSDP1 shards. Its functions put the saved state in our
+            order, which is the model's, and leave the names in that of the run that saved.
 
     Returns:
         id(param) -> key in the saved "state": by name where both sides have names, else by order.
@@ -142,9 +149,9 @@ def _match(
                 f"this optimizer {len(ours['params'])}"
             )
         keys = theirs["params"]
-        if "param_names" in ours and "param_names" in theirs:
-            by_name = dict(zip(names_of(theirs), keys, strict=True))
-            names = names_of(ours)
+        names, known = _names(ours), _names(theirs)
+        if names is not None and known is not None:
+            by_name = dict(zip(known, keys, strict=True))
             if missing := [name for name in names if name not in by_name]:
                 unused = [name for name in by_name if name not in names]
                 raise ValueError(
@@ -152,9 +159,22 @@ def _match(
                     f"{missing[0]!r} ({len(missing)} such; it has {unused[:3]} instead); load the "
                     "state of the same model"
                 )
-            keys = [by_name[name] for name in names]
+            if id(ours) not in by_element:
+                keys = [by_name[name] for name in names]
         found.update((id(p), key) for p, key in zip(ours["params"], keys, strict=True))
     return found
+
+
+def _names(group: Mapping[str, Any]) -> list[str] | None:
+    """Canonical names of a group's parameters, ours or saved; None when it does not tell them."""
+    keys = group["params"]
+    if keys and all(isinstance(key, str) for key in keys):
+        # torch's functions put names in the place of numbers, and bring them in the order of the
+        # optimizer that loads; "param_names" stays in that of the one that saved
+        return [canonical_name(key) for key in keys]
+    names = names_of(group) if "param_names" in group else []
+    flat = any(name.rpartition(".")[2] == "_flat_param" for name in names)
+    return None if flat or len(names) != len(keys) else names
 
 
 def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -204,7 +224,7 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
     stash = saved.get(STASH)
     for key, value in ours.items():
         if key == MOMENT and holding.layout.moments_by_element:
-            kernels.gather_(holding, saved[key].to(value).view(-1))
+            kernels.gather_(holding, saved[key].to(value).reshape(-1))
         elif key == MOMENT and tuple(saved[key].shape) != tuple(value.shape):
             copy_into(value, _by_block(holding, saved[key])[:, 0].view(value.shape))
         elif key != STASH:

@@ -246,9 +246,8 @@ class AMSF(TwoModes):
                     sums.measure(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._count_skipped(finite)
-        moving = any(h.param.grad is not None for h in unit.holdings)
         for lane in unit.lanes:  # move
-            lane.move(finite[lane.device], sums.everyone_knows, moving)
+            lane.move(finite[lane.device], sums.everyone_knows)
 
     def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
         for verdict in list(finite.values())[:1]:  # the same on every device

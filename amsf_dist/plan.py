@@ -41,14 +41,13 @@ class Lane:
     holdings: list[Holding]
     counters: states.Counters
 
-    def move(self, finite: Tensor, everyone_knows: bool, moving: bool) -> None:
+    def move(self, finite: Tensor, everyone_knows: bool) -> None:
         """Advance the counters and move every parameter that has a gradient.
 
         Args:
             finite: 0-dim bool on the lane's device; where False nothing changes.
             everyone_knows: whether all ranks that share the step have this verdict; if not, every
                 block decides for itself.
-            moving: whether any parameter of the optimizer has a gradient here.
         """
         stepping = [h for h in self.holdings if h.param.grad is not None]
         # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
@@ -57,7 +56,8 @@ class Lane:
             for h in self.holdings
             if h.param.grad is None and h.layout.flat and not h.layout.numel
         ]
-        counts = moving and self.rule.ticks_without_gradient
+        # not "if anything has a gradient": under FSDP1 ranks without a part of what was used differ
+        counts = self.rule.ticks_without_gradient and self.group["train_mode"]
         elsewhere = self.group["train_mode"] and len(absent) == len(self.holdings)
         host = on_host(self.device)
         if not (stepping or counts or elsewhere) or (host and everyone_knows and not finite):

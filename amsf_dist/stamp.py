@@ -3,11 +3,15 @@
 Both files are complete and load without complaint, and the error, x - y in every weight, is silent.
 A state dict therefore carries the first number of every parameter at y (where this rank has it),
 and the first use after loading compares it with what the parameters hold.
+
+torch's functions for state dicts merge lists item by item with those of the optimizer that loads,
+and reorder parameters without telling: the numbers stand by name in one string, with their mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor
 from amsf_dist.kernels import Holding
 from amsf_dist.state import STASH
 
-__all__ = ["KEY", "first_weights", "refuse_mixed_up"]
+__all__ = ["KEY", "first_weights", "read", "refuse_mixed_up", "written"]
 
 KEY = "first_weights"
 
@@ -29,6 +33,49 @@ def first_weights(
         id(holding.param): _first(holding, state[holding.param].get(STASH, holding.param))
         for holding in holdings
     }
+
+
+def written(
+    group: Mapping[str, Any], holdings: Sequence[Holding], stamps: Mapping[int, float | None]
+) -> str:
+    """How the stamps of one group stand in a state dict.
+
+    Args:
+        group: ours.
+        holdings: of all groups.
+        stamps: id(parameter) -> its first number at y, None where that lies on another rank.
+    """
+    first = {name: stamps.get(id(h.param)) for name, h in _named(group, holdings)}
+    known = {name: weight for name, weight in first.items() if weight is not None}
+    return json.dumps({"train_mode": group["train_mode"], "weights": known})
+
+
+def read(text: Any, group: Mapping[str, Any], holdings: Sequence[Holding]) -> dict[int, float]:
+    """What `written` wrote, of those parameters that we have.
+
+    Args:
+        text: from a saved group; anything else is no stamp.
+        group: ours, with the saved options.
+        holdings: of all groups.
+
+    Returns:
+        id(parameter) -> its first number at y. Nothing where mode and stamps were not saved
+        together: torch fills what a state dict lacks with what the loading optimizer would save.
+    """
+    found: dict[str, Any] = json.loads(text) if isinstance(text, str) else {}
+    if found.get("train_mode") != group["train_mode"]:
+        return {}
+    weights = found["weights"]
+    return {id(h.param): weights[name] for name, h in _named(group, holdings) if name in weights}
+
+
+def _named(group: Mapping[str, Any], holdings: Sequence[Holding]) -> Iterator[tuple[str, Holding]]:
+    """Names of the first parameter in every tensor of a group; its place where it has no name."""
+    held = {id(holding.param): holding for holding in holdings}
+    for place, param in enumerate(group["params"]):
+        if holding := held.get(id(param)):
+            names = [piece.part.name for piece in holding.layout.pieces[:1]]
+            yield "".join(names) or str(place), holding
 
 
 def _first(holding: Holding, tensor: Tensor) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from clipping import clip_
 from models import Attention, GatedMLP, Layer, Shape, Transformer, batch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from amsf_dist import AMSF, kernels
 from amsf_dist.blocks import canonical_name
+from amsf_dist.shards import Part
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.1, "warmup_steps": 5, "r": 1.0}
@@ -196,17 +198,6 @@ def train(
         optimizer.step()
 
 
-def clip_(model: nn.Module, max_norm: float) -> None:
-    """Clip by the global norm; torch's own function wants all DTensors on one mesh."""
-    if isinstance(model, FullyShardedDataParallel):
-        model.clip_grad_norm_(max_norm)
-        return
-    grads = [param.grad for param in model.parameters()]
-    total = torch.stack([whole(grad).square().sum() for grad in grads]).sum().sqrt()
-    for grad in grads:
-        grad.mul_(float((max_norm / (total + 1e-6)).clamp(max=1.0)))
-
-
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
@@ -216,7 +207,7 @@ def weights(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
     """Canonical name -> whole parameter."""
     if isinstance(model, FullyShardedDataParallel):
         flats = optimizer._flats
-        return _assembled([(flat, p.detach().view(-1)) for p in flats for flat in flats[p]])
+        return assembled([(flat, p.detach().view(-1)) for p in flats for flat in flats[p]])
     return {canonical_name(name): whole(param) for name, param in model.named_parameters()}
 
 
@@ -231,8 +222,8 @@ def moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
         ]
         parts = {p.part.name: p.part for h in holdings for p in h.layout.pieces}
         return {
-            name: value.reshape(parts[name].num_blocks, -1)[:, 0]
-            for name, value in _assembled(spread).items()
+            name: in_line_order(value, parts[name]).reshape(parts[name].num_blocks, -1)[:, 0]
+            for name, value in assembled(spread).items()
         }
     return {
         canonical_name(name): whole(optimizer.state[param]["exp_avg_sq"]).flatten()
@@ -240,7 +231,11 @@ def moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     }
 
 
-def _assembled(slices: list[tuple[Any, Tensor]]) -> dict[str, Tensor]:
+def in_line_order(value: Tensor, part: Part) -> Tensor:
+    return value if part.blocks.order is None else value.permute(part.blocks.order)
+
+
+def assembled(slices: list[tuple[Any, Tensor]]) -> dict[str, Tensor]:
     """Whole parameters from the intervals that all ranks hold of flat ones."""
     mine = [
         (flat.name, flat.shape, flat.start, memory[flat.offset :][: flat.stop - flat.start].clone())
@@ -250,7 +245,7 @@ def _assembled(slices: list[tuple[Any, Tensor]]) -> dict[str, Tensor]:
     dist.all_gather_object(gathered, mine)
     found: dict[str, Tensor] = {}
     for name, shape, start, values in (entry for rank in gathered for entry in rank):
-        line = found.setdefault(name, torch.full((math.prod(shape),), torch.nan))
+        line = found.setdefault(name, values.new_full((math.prod(shape),), torch.nan))
         line[start : start + values.numel()] = values
     shapes = {name: shape for name, shape, _, _ in mine}
     return {name: line.view(shapes[name]) for name, line in found.items()}
@@ -268,7 +263,7 @@ def run(
         vocab, parallel = SHAPES[shape].vocab, under.tensor_parallel
         train(model, optimizer, vocab, range(STEPS), clip=clip, tensor_parallel=parallel)
         at_y, second = weights(model, optimizer), moments(model, optimizer)
-        sums = optimizer._ready().sums
+        sums = optimizer._ready().units[0].sums
         with optimizer.averaged_parameters():
             values = {"y": at_y, "x": weights(model, optimizer), "v": second}
         results[blocks, averaging] = values, (sums.num_collectives, sums.num_floats)

@@ -19,6 +19,13 @@ import torch.distributed as dist
 
 TIMEOUT_SECONDS = 120
 
+# DeepSpeed compiles a CPU collective when it is first used, and a killed process leaves a lock
+# behind that hangs all later ones: so not in the user's own folder of extensions.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"amsf-extensions-{os.getuid()}")
+)
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -26,7 +33,9 @@ _context.set_forkserver_preload(
         "torch.distributed.tensor",
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint.state_dict",
+        "torch._dynamo",  # the first optimizer of a process imports it, for a second or two
         "amsf_dist",
+        "deepspeed",
     ]
 )
 

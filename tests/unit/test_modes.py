@@ -105,29 +105,25 @@ def test_eval_keeps_gradients_and_versions_usable() -> None:
 
 
 @AVERAGINGS
-def test_stepping_in_eval_mode_raises_names_the_cure_and_changes_nothing(averaging: str) -> None:
+@pytest.mark.parametrize("gradients", [True, False])
+def test_stepping_in_eval_mode_raises_names_the_cure_and_changes_nothing(
+    averaging: str, gradients: bool
+) -> None:
+    """Also without gradients: they may lie on other ranks, which must not wait for this one."""
     model, optimizer = trained(averaging=averaging)
+    nothing = torch.nn.Parameter(torch.zeros(0, 4))  # as a rank without a share of it sees it
+    optimizer.add_param_group({"params": [("nothing", nothing)]})
     optimizer.eval()
     backward(model, 5)
+    if not gradients:
+        optimizer.zero_grad()
     before = everything(model, optimizer)
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
         optimizer.step()
     assert_same_bits(everything(model, optimizer), before)
+    assert optimizer.skipped_steps == 0
     optimizer.train()
     fit(model, optimizer, 1)
-
-
-@AVERAGINGS
-def test_stepping_in_eval_mode_without_gradients_does_nothing(averaging: str) -> None:
-    model, optimizer = trained(averaging=averaging)
-    nothing = torch.nn.Parameter(torch.zeros(0, 4))  # as a rank without a share of it sees it
-    optimizer.add_param_group({"params": [("nothing", nothing)]})
-    optimizer.zero_grad()
-    optimizer.eval()
-    before = everything(model, optimizer)
-    optimizer.step()
-    assert_same_bits(everything(model, optimizer), before)
-    assert optimizer.skipped_steps == 0
 
 
 def test_a_parameter_unfrozen_in_eval_mode_survives_the_return() -> None:
