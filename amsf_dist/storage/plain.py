@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amsf_dist.storage.protocol import Draw, zeros
+
 __all__ = ["Plain"]
 
 
 @dataclass(frozen=True)
 class Plain:
-    """One tensor of one floating dtype: fp32, bf16, fp16 or fp64."""
+    """One tensor of one floating dtype: fp32, bf16, fp16 or fp64.
+
+    Promise: a number reads back as the nearest of the dtype, the even one of two equally near.
+    """
 
     dtype: torch.dtype
 
@@ -22,12 +27,22 @@ class Plain:
 
     def allocate(self, line: str, like: Tensor) -> dict[str, Tensor]:
         """One tensor of zeros, laid out as `like`."""
-        return {line: torch.zeros_like(like, dtype=self.dtype, requires_grad=False)}
+        return {line: zeros(like, self.dtype)}
+
+    def beside(self, line: str, like: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
     def load(self, tensors: tuple[Tensor, ...], span: slice, dtype: torch.dtype) -> Tensor:
         """The span in `dtype`; the memory itself, not a copy, where it is of that dtype."""
         return tensors[0][span].to(dtype)
 
-    def store(self, tensors: tuple[Tensor, ...], span: slice, values: Tensor) -> None:
+    def store(
+        self,
+        tensors: tuple[Tensor, ...],
+        span: slice,
+        values: Tensor,
+        draw: Draw | None = None,
+    ) -> None:
         """Round to nearest and write."""
         tensors[0][span].copy_(values)

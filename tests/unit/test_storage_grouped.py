@@ -1,0 +1,207 @@
+"""Eight bits by groups: every code at all scales, and places between every two codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from amsf_dist.storage.grouped import NOT_A_NUMBER, decode, encode
+from amsf_dist.storage.noise import bits
+
+HIGHEST = 127 * (127 + 32)
+CODES = torch.cat([torch.arange(-127, 128), torch.tensor([127])]).to(torch.int8)
+
+
+def noise(values: Tensor, seed: int = 0) -> Tensor:
+    return bits(torch.arange(values.numel()).view(values.shape), seed, 0, 0)
+
+
+def step_of(values: Tensor, scales: Tensor) -> Tensor:
+    """Between the two codes around each number, in fp64."""
+    scale = scales.double().unsqueeze(1)
+    at = (values.double().abs() / scale + 256.0).sqrt() - 16.0
+    return (2.0 * at.nan_to_num().floor().clamp(max=126.0) + 33.0) * scale
+
+
+def groups(spread: float, kind: str = "normal", size: int = 64, count: int = 2000) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(count, size, generator=generator)
+    if kind == "heavy":
+        values = values / torch.rand(count, size, generator=generator)
+    elif kind == "outlier":
+        values[:, 5] *= 1000.0
+    elif kind == "sparse":
+        values *= torch.rand(count, size, generator=generator) < 0.1
+    return values * spread
+
+
+EVERY_KIND = pytest.mark.parametrize("kind", ["normal", "heavy", "outlier", "sparse"])
+EVERY_SPREAD = pytest.mark.parametrize("spread", [1e-40, 1e-36, 1e-9, 1.0, 1e30])
+
+
+def test_every_code_is_encoded_without_change_at_any_scale() -> None:
+    scales = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
+    scales = scales[(scales >= 2.0**-100) & (scales.double() * HIGHEST < 2.0**127)]
+    scales = scales[::5]  # every exponent, and every mantissa some time
+    codes = CODES.expand(len(scales), -1)
+    values = decode(codes, scales)
+    exact = codes.double() * (codes.double().abs() + 32.0) * scales.double().unsqueeze(1)
+    assert torch.equal(values.double(), exact)
+    for drawn in (noise(values), torch.full_like(values, -1, dtype=torch.int32), None):
+        again, scales_again = encode(values, drawn)
+        assert torch.equal(scales_again, scales)
+        assert torch.equal(again, codes)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-20, 1.0, 1.5, 2.0**60])
+def test_the_mean_over_all_bits_is_the_value(scale: float) -> None:
+    """256 places between every two codes, 256 evenly spaced draws."""
+    below = torch.arange(127.0).view(-1, 1)
+    places = torch.arange(256)
+    between = below * (below + 32.0) + (2.0 * below + 33.0) * places / 256.0
+    between *= torch.where(torch.arange(127) % 3 == 0, -1.0, 1.0).view(-1, 1)
+    top = torch.full((127, 1), float(HIGHEST))  # sets the scale
+    values = torch.cat([between, top], 1) * scale
+    total = torch.zeros(values.shape, dtype=torch.float64)
+    for draw in range(256):
+        codes, scales = encode(values, torch.full(values.shape, draw << 16, dtype=torch.int32))
+        assert bool((scales == scale).all())
+        total += decode(codes, scales)
+    assert torch.equal(total / 256.0, values.double())
+
+
+@EVERY_KIND
+@EVERY_SPREAD
+def test_numbers_are_less_than_a_step_away(kind: str, spread: float) -> None:
+    values = groups(spread, kind)
+    for drawn, share in ((noise(values), 1.0), (None, 0.5)):
+        codes, scales = encode(values, drawn)
+        off = (decode(codes, scales).double() - values.double()).abs()
+        rounding = 2.0**-22 * values.double().abs()
+        assert bool((off <= share * step_of(values, scales) + rounding).all())
+        bound = 2.0 * (values.double().abs() + 256.0 * scales.double().unsqueeze(1)).sqrt()
+        scale = scales.double().unsqueeze(1)
+        assert bool((step_of(values, scales) <= bound * scale.sqrt() + 1.001 * scale).all())
+        assert bool((decode(codes, scales) * values >= 0.0).all())
+        assert bool((codes[values == 0.0] == 0).all())
+
+
+@EVERY_KIND
+@EVERY_SPREAD
+def test_the_scale_is_the_least_that_serves(kind: str, spread: float) -> None:
+    values = groups(spread, kind)
+    codes, scales = encode(values, noise(values))
+    least = values.double().abs().amax(1) / HIGHEST
+    serves = scales.double() * HIGHEST >= values.double().abs().amax(1)
+    smallest = (scales.double() < least * (1.0 + 2.0**-7)) | (scales == 2.0**-100)
+    assert bool((serves & smallest).all())
+    assert bool((codes > NOT_A_NUMBER).all())
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "outlier"])
+def test_the_mean_over_many_draws_is_the_value(kind: str) -> None:
+    values, rounds = groups(1e-4, kind, count=20), 2000
+    total, scales = torch.zeros_like(values, dtype=torch.float64), encode(values)[1]
+    for seed in range(rounds):
+        total += decode(*encode(values, noise(values, seed)))
+    sigma = step_of(values, scales) / 2.0 / rounds**0.5  # at most: half way between two codes
+    assert bool(((total / rounds - values.double()).abs() < 6.0 * sigma).all())
+    off = (total / rounds - values.double()).sum() / sigma.square().sum().sqrt()
+    assert abs(float(off)) < 5.0  # no common drift either
+
+
+def test_order_is_kept_under_equal_bits() -> None:
+    values = groups(1.0, "heavy", size=4096, count=20).sort(1).values
+    for draw in (0, 1, 12345, 2**23, 2**24 - 1):
+        codes, _ = encode(values, torch.full(values.shape, draw, dtype=torch.int32))
+        assert bool((codes[:, 1:] >= codes[:, :-1]).all())
+
+
+def test_a_group_of_zeros_is_zero() -> None:
+    values = torch.zeros(3, 32)
+    values[1] = -0.0
+    values[2, 7] = 1e-45  # fp32's smallest
+    codes, scales = encode(values, noise(values))
+    assert codes.count_nonzero() == 0
+    assert scales.tolist() == [2.0**-100] * 3
+    codes, scales = torch.zeros(1, 32, dtype=torch.int8), torch.zeros(1, dtype=torch.bfloat16)
+    assert decode(codes, scales).count_nonzero() == 0  # as allocated
+
+
+def test_one_number_that_is_not_finite_leaves_its_neighbours_alone() -> None:
+    values, clean = groups(1.0, count=3), groups(1.0, count=3)
+    for group, wrong in enumerate((torch.inf, -torch.inf, torch.nan)):
+        values[group, 11], clean[group, 11] = wrong, 0.0
+    (codes, scales), (other, clean_scales) = (
+        encode(values, noise(values)),
+        encode(clean, noise(clean)),
+    )
+    assert torch.equal(scales, clean_scales)
+    assert codes[:, 11].tolist() == [NOT_A_NUMBER] * 3
+    read = decode(codes, scales)
+    assert bool(read[:, 11].isnan().all())
+    codes[:, 11] = 0
+    assert torch.equal(codes, other)
+    hopeless = torch.full((1, 32), torch.nan)
+    assert bool(decode(*encode(hopeless, noise(hopeless))).isnan().all())
+
+
+def test_what_lies_outside_the_mask_counts_for_nothing() -> None:
+    values = groups(1.0, count=4)
+    mask = torch.arange(64) < torch.tensor([[64], [40], [1], [0]])
+    dirty = values.masked_fill(~mask, torch.nan)
+    dirty[1, 50], dirty[2, 60] = 1e30, torch.inf
+    codes, scales = encode(dirty, noise(values), mask)
+    want, want_scales = encode(values.masked_fill(~mask, 0.0), noise(values))
+    assert torch.equal(codes, want) and torch.equal(scales, want_scales)
+    dirty[1, 3] = torch.nan
+    assert int(encode(dirty, noise(values), mask)[0][1, 3]) == NOT_A_NUMBER
+
+
+def test_a_group_does_not_depend_on_those_beside_it() -> None:
+    values, drawn = groups(1.0), noise(groups(1.0))
+    codes, scales = encode(values, drawn)
+    for part in (slice(0, 1), slice(7, 300)):
+        codes_here, scales_here = encode(values[part], drawn[part])
+        assert torch.equal(codes_here, codes[part]) and torch.equal(scales_here, scales[part])
+
+
+def test_kinds_and_shapes() -> None:
+    values = torch.ones(2, 32)
+    codes, scales = encode(values)
+    assert codes.dtype == torch.int8 and scales.dtype == torch.bfloat16
+    assert codes.shape == (2, 32) and scales.shape == (2,)
+    assert decode(codes, scales).dtype == torch.float32
+    assert decode(*encode(values[:0])).shape == (0, 32)
+
+
+@pytest.mark.parametrize(("size", "most"), [(32, 0.0082), (64, 0.0086), (128, 0.0090)])
+def test_the_noise_is_what_the_table_says(size: int, most: float) -> None:
+    values = groups(1.0, size=size)
+    off = decode(*encode(values, noise(values))) - values
+    assert float(off.square().mean().sqrt()) < most
+
+
+def test_a_last_place_off_a_code_is_that_code() -> None:
+    scales = torch.arange(0x3F00, 0x4000, dtype=torch.int16).view(torch.bfloat16)
+    exact = decode(CODES.expand(len(scales), -1), scales)
+    for towards in (0.0, torch.inf, -torch.inf):
+        values = torch.nextafter(exact, torch.tensor(towards))
+        values = torch.where(CODES.abs() == 127, exact, values)
+        for draw in (2**10, 2**23, 2**24 - 2**10):  # all but a 2**13th of the draws
+            codes, again = encode(values, torch.full(values.shape, draw, dtype=torch.int32))
+            assert torch.equal(again, scales)
+            assert torch.equal(decode(codes, scales), exact)
+
+
+def test_the_highest_code_reaches_the_largest_number() -> None:
+    """Every mantissa of fp32 in steps, and those beside 20193 times a bf16."""
+    patterns = torch.arange(0x3F800000, 0x40000000, 37, dtype=torch.int32)
+    scales = torch.arange(0x3F00, 0x4000, dtype=torch.int16).view(torch.bfloat16)
+    tops = (scales.float() * HIGHEST).view(torch.int32).view(-1, 1) + torch.arange(-2, 3)
+    values = torch.cat([patterns, tops.view(-1).int()]).view(torch.float32).view(-1, 1)
+    for draw in (0, 2**24 - 1):
+        codes, scales = encode(values, torch.full(values.shape, draw, dtype=torch.int32))
+        assert bool((scales.double() * HIGHEST >= values.view(-1).double()).all())
+        assert 125 <= int(codes.min()) <= int(codes.max()) == 127
