@@ -26,17 +26,19 @@ $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.train
-	@echo "== installing what the tests compare with (schedulefree, adam-mini, torch-optimi, pytest)"
-	@$(PIP) --editable '.[train,test,dev]'
+	@echo "== installing what the tests compare and work with (schedulefree, adam-mini, DeepSpeed, pytest)"
+	@$(PIP) --editable '.[train,deepspeed,test,dev]'
 	@touch $@
 
 quickstart: $(VENV)/.train
 	@echo "== training: amsf train configs/quickstart.yaml"
 	@$(BIN)/amsf train configs/quickstart.yaml
 
+# DeepSpeed compiles a collective for CPUs, a minute, once; it looks for ninja in PATH.
 test: $(VENV)/.test
 	@echo "== testing with $(WORKERS) workers"
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -q tests
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/warm_up.py
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -q tests
 
 lint: $(VENV)/.test
 	@echo "== ruff and mypy"

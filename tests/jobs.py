@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ranks  # noqa: F401  (sets where DeepSpeed compiles: not in the user's folder)
 import yaml
 
 SMALL: dict[str, Any] = {

@@ -11,13 +11,14 @@ import yaml
 
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.metrics import read_metrics
-from amsf_dist.train.optimizers import LABELS, adamw_fp32
+from amsf_dist.train.optimizers import LABELS
 
 __all__ = ["draw"]
 
 _LINES = ["#1f6f8b", "#d1603d", "#5b8c5a"]
 _OWNERS = {
     "weights": "#264653",
+    "masters": "#325866",
     "error_bits": "#3d6b7d",
     "gradients": "#8ab6c1",
     "gap": "#e9a03b",
@@ -73,8 +74,7 @@ def _owners(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, int
     }
     owners = {label: line["owners"] for label, line in last.items()}
     if owners and LABELS["adamw"] not in owners:
-        elements = next(iter(last.values()))["elements"]
-        owners["AdamW fp32 (computed)"] = adamw_fp32(elements)
+        owners["AdamW fp32 (computed)"] = next(iter(last.values()))["adamw"]
     return owners
 
 

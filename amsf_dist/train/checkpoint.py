@@ -1,8 +1,8 @@
 """Sharded checkpoints: complete or absent, and readable on any number of processes.
 
-`<output_dir>/checkpoints/step_00000100/` holds torch.distributed.checkpoint files (the weights y
-and the optimizer's state) and `job.json`. It is written under another name and renamed when every
-byte is on disk.
+`<output_dir>/checkpoints/step_00000100/` holds the weights y and the optimizer's state, in files of
+torch.distributed.checkpoint or, in a folder `deepspeed`, of DeepSpeed, and `job.json`. It is
+written under another name and renamed when every byte is on disk.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from amsf_dist.train.config import Config
+from amsf_dist.train.durable import sync, write_durably
 from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.parallel import World
+from amsf_dist.train.trainer import Trainer
 
 __all__ = ["Checkpoint", "check_resumable", "latest", "load", "read", "save"]
 
 FORMAT = 1
+_Read = TypeVar("_Read")
+
 # What a full disk or a damaged file raises; dcp gathers them in a CheckpointException.
 _FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, KeyError)
 
@@ -43,19 +44,20 @@ class Checkpoint:
         step: steps done.
         config: of the job that wrote it, as a plain dictionary.
         data_sha256: of the tokens it was trained on.
+        files: bytes of each file, by its name below `path`.
     """
 
     path: Path
     step: int
     config: dict[str, Any]
     data_sha256: str
+    files: dict[str, int] = field(default_factory=dict)
 
 
 def save(
     directory: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
     config: Config,
     data_sha256: str,
     world: World,
@@ -82,46 +84,57 @@ def save(
                 raise UserError(
                     f"{temporary}: {error.strerror}; free some space or change output_dir"
                 ) from None
-    weights, state = get_state_dict(model, optimizer)
     with world.together():
         try:
-            whole = {"model": weights, "optimizer": state}
-            dcp.save(whole, checkpoint_id=temporary)  # type: ignore[attr-defined]
+            trainer.write(temporary)
         except _FAILURES as error:
             raise UserError(
                 f"{temporary}: the checkpoint could not be written ({_cause(error)}); "
                 "the one before it is still good"
             ) from error
+    with world.together():  # everyone has written
         if world.is_main:
             job = {
                 "format": FORMAT,
                 "step": step,
                 "config": config.model_dump(),
                 "data_sha256": data_sha256,
+                "files": _sizes(temporary),
             }
-            _write_durably(temporary / "job.json", json.dumps(job, indent=1))
+            write_durably(temporary / "job.json", json.dumps(job, indent=1))
             shutil.rmtree(final, ignore_errors=True)  # what is there is not complete
             os.replace(temporary, final)
-            _sync(directory)
+            sync(directory)
             for old in _complete(directory)[: -config.keep_checkpoints]:
                 shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
 
 
-def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimizer, whatever the number of processes that wrote it.
+def load(checkpoint: Checkpoint, read: Callable[[Path], _Read]) -> _Read:
+    """Read a checkpoint, whatever the number of processes that wrote it.
 
     Every process must call it.
+
+    Args:
+        checkpoint: from `latest` or `read`.
+        read: a trainer's, or what else reads its files; gets its directory.
+
+    Returns:
+        What `read` does.
 
     Raises:
         UserError: if its files do not fit or cannot be read.
     """
-    weights, state = get_state_dict(model, optimizer)
-    whole = {"model": weights, "optimizer": state}
+    sizes = _sizes(checkpoint.path)  # before it is read: a process that fails alone hangs the rest
+    for name, size in checkpoint.files.items():
+        if sizes.get(name) != size:
+            raise UserError(
+                f"{checkpoint.path / name}: {sizes.get(name, 'no')} bytes of {size}; delete "
+                "the checkpoint to continue from the one before, or give another output_dir"
+            )
     try:
-        dcp.load(whole, checkpoint_id=checkpoint.path)  # type: ignore[attr-defined]
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        return read(checkpoint.path)
     except _FAILURES as error:
         raise UserError(
             f"{checkpoint.path}: cannot be loaded ({_cause(error)}); "
@@ -148,7 +161,8 @@ def read(path: Path) -> Checkpoint:
                 f"{path}: written in format {job['format']}, this version reads {FORMAT}; "
                 "use the amsf_dist that wrote it"
             )
-        return Checkpoint(path, job["step"], job["config"], job["data_sha256"])
+        files = job.get("files", {})
+        return Checkpoint(path, job["step"], job["config"], job["data_sha256"], files)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path}: not a complete checkpoint ({one_line(error, 200)}); "
@@ -192,9 +206,17 @@ def _complete(directory: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
     found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     complete = [
-        path for path in found if (path / "job.json").is_file() and (path / ".metadata").is_file()
+        path
+        for path in found
+        if (path / "job.json").is_file()
+        and ((path / ".metadata").is_file() or (path / "latest").is_file())  # torch's, DeepSpeed's
     ]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 def _cause(error: BaseException) -> str:
@@ -211,20 +233,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    """Make the names in a directory durable; dcp has synced its own files."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -113,12 +113,15 @@ class Config(_Section):
     """Processes on this machine; `auto`: one per GPU, or one. Under torchrun, torchrun decides."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda (NCCL) if there is a GPU for every process, otherwise cpu (gloo)."""
-    parallel: Literal["fsdp2", "ddp", "single"] = "fsdp2"
+    parallel: Literal["fsdp2", "ddp", "single", "deepspeed"] = "fsdp2"
+    deepspeed: str | None = None
+    """DeepSpeed's JSON file, for `parallel: deepspeed`; what this file says too must agree."""
     precision: Literal["fp32", "mixed", "bf16"] = "fp32"
     """`mixed`: fp32 weights, bf16 arithmetic. `bf16`: bf16 weights too (AMSF only)."""
     activation_checkpointing: bool = False
     sync_every_micro_batch: bool = True
-    """False: fewer messages while accumulating, but a whole unsharded gradient in memory."""
+    """False: fewer messages while accumulating, but a whole unsharded gradient in memory. For
+    fsdp2; DeepSpeed's stages do as they do."""
     timeout_minutes: Annotated[float, Field(gt=0.0)] = 10.0
     """How long a process waits for the others before it gives up."""
 
@@ -151,6 +154,16 @@ class Config(_Section):
     def _combinations(self) -> Config:
         if self.parallel == "single" and self.nproc not in ("auto", 1):
             raise ValueError(f"parallel=single takes nproc=1, got nproc={self.nproc}")
+        if self.parallel == "deepspeed" and not self.deepspeed:
+            raise ValueError(
+                "parallel=deepspeed needs deepspeed, the path of its JSON file; "
+                "for example deepspeed=configs/deepspeed/zero3.json"
+            )
+        if self.parallel == "deepspeed" and self.precision == "bf16":
+            raise ValueError(
+                "precision=bf16 does not go with parallel=deepspeed, which keeps fp32 weights "
+                "beside those in bf16; use precision=mixed"
+            )
         if self.optimizer in self.compare:
             raise ValueError(
                 f"compare holds {self.optimizer}, which is the optimizer already; "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,12 +17,13 @@ from transformers import (
 )
 
 from amsf_dist.train import checkpoint
+from amsf_dist.train.alone import weights_alone
 from amsf_dist.train.config import Config, SampleConfig
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.model import build_model, model_config
-from amsf_dist.train.optimizers import build_optimizer, evaluation_weights
-from amsf_dist.train.parallel import World, build_parallel_model, join
+from amsf_dist.train.parallel import World
 from amsf_dist.train.tokens import load_tokenizer
+from amsf_dist.train.trainer import Trainer
 
 __all__ = ["check_destination", "export_checkpoint", "export_model", "sample_text"]
 
@@ -38,23 +38,31 @@ def check_destination(directory: Path) -> None:
 
 def export_model(
     directory: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
     found: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     world: World,
 ) -> None:
-    """Write the evaluation weights (x for AMSF) under `directory`; every process must call it.
+    """Write the evaluation weights (x for AMSF) of a finished run; every process must call it.
 
-    The whole model is gathered once, in the memory of the main process.
+    The whole model is put together once, in the memory of the main process.
+
+    Args:
+        directory: `output_dir`; gets `model`, has the checkpoint of the last step.
+        trainer: after that step.
+        found: from `model_config`.
+        tokenizer: goes with the weights.
+        config: of the run.
+        world: this process among the others.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    with evaluation_weights(optimizer):
-        weights = get_model_state_dict(model, options=options)
-        with world.together():  # inside: on one process the tensors may be the live ones
-            if world.is_main:
-                _write(directory, weights, found, tokenizer, config)
+    with world.together():
+        newest = checkpoint.latest(directory / "checkpoints")
+        if newest is None:
+            raise UserError(f"{directory}/checkpoints: removed while the run went on; run it again")
+    with trainer.whole_weights(newest.path) as weights, world.together():
+        if world.is_main:
+            _write(directory / "model", weights, found, tokenizer, config)
 
 
 def export_checkpoint(source: Path, directory: Path) -> int:
@@ -71,18 +79,18 @@ def export_checkpoint(source: Path, directory: Path) -> int:
         UserError: if there is no such checkpoint, or something is in the way.
     """
     check_destination(directory)
+    # transformers imports DeepSpeed where that is installed, which looks for a device, aloud.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     newest = checkpoint.latest(source / "checkpoints")
     found = newest or checkpoint.read(source)
-    config = Config.model_validate(found.config).model_copy(
-        update={"parallel": "single", "device": "cpu"}
-    )
+    config = Config.model_validate(found.config)
     tokenizer = load_tokenizer(config)
     shape = model_config(config, tokenizer)
-    with join(config) as world:
-        model = build_parallel_model(config, shape, world)
-        optimizer = build_optimizer(config, model)
-        checkpoint.load(found, model, optimizer)
-        export_model(directory, model, optimizer, shape, tokenizer, config, world)
+    with contextlib.ExitStack() as held:
+        weights = checkpoint.load(
+            found, lambda path: held.enter_context(weights_alone(path, config, shape))
+        )
+        _write(directory, weights, shape, tokenizer, config)
     return found.step
 
 

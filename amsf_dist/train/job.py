@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import typer
 import yaml
-from torch import nn
 
 from amsf_dist.train import checkpoint
 from amsf_dist.train.charts import draw
@@ -20,17 +19,13 @@ from amsf_dist.train.config import Config
 from amsf_dist.train.export import export_model, sample_text
 from amsf_dist.train.loop import Run, train
 from amsf_dist.train.model import model_config
-from amsf_dist.train.optimizers import (
-    LABELS,
-    build_optimizer,
-    local_elements,
-    memory_by_owner,
-)
-from amsf_dist.train.parallel import World, build_parallel_model, join
+from amsf_dist.train.optimizers import LABELS
+from amsf_dist.train.parallel import World, join
 from amsf_dist.train.preflight import preflight, quiet_libraries
 from amsf_dist.train.report import Report, human_bytes
 from amsf_dist.train.signals import STOP_FILE, StopRequest
 from amsf_dist.train.tokens import Tokens, load_tokenizer, open_tokens, write_tokens
+from amsf_dist.train.trainer import Trainer, build_trainer, prepare_trainers
 
 __all__ = ["work"]
 
@@ -83,6 +78,7 @@ def work(config: Config, command: str) -> None:
             "es" if world.size > 1 else "",
             config.precision,
         )
+        prepare_trainers(config, world)
         tokens = _prepare(config, world)
         summaries = []
         for run_config in (config, *(config.for_optimizer(name) for name in config.compare)):
@@ -144,18 +140,18 @@ def _train(
     directory = Path(config.output_dir)
     tokenizer = load_tokenizer(config)
     shape = model_config(config, tokenizer)
-    model = build_parallel_model(config, shape, world)
+    trainer = build_trainer(config, shape, world)
     with world.together():
-        optimizer = build_optimizer(config, model)
-        first_step = _resume(directory, model, optimizer)
+        first_step = _resume(directory, trainer)
     report = Report(config, LABELS[config.optimizer], first_step, world)
-    run = Run(config, world, model, optimizer, tokens, tokenizer, report, stop, directory)
+    run = Run(config, world, trainer, tokens, tokenizer, report, stop, directory)
     try:
         done, reason = train(run, first_step)
         if reason is None:
             validation = run.validate()
             report.validation(done, validation)
-            report.memory(done, memory_by_owner(optimizer), local_elements(optimizer))
+            memory = trainer.memory()
+            report.memory(done, memory, trainer.adamw_memory())
     finally:
         report.close()
     if reason is not None:
@@ -166,7 +162,7 @@ def _train(
             )
         return None
     if export:
-        export_model(directory / "model", model, optimizer, shape, tokenizer, config, world)
+        export_model(directory, trainer, shape, tokenizer, config, world)
         if world.is_main and config.sample.tokens:
             typer.echo(f"--- sample of {directory / 'model'} ---")
             typer.echo(sample_text(directory / "model", config.sample, config.seed))
@@ -177,21 +173,22 @@ def _train(
         loss=validation.loss,
         bits_per_byte=validation.bits_per_byte,
         seconds=time.perf_counter() - start,
-        memory=memory_by_owner(optimizer),
+        memory=memory,
     )
     if world.is_main:  # last: a run without it is taken up again where it was
         (directory / "summary.json").write_text(json.dumps(asdict(summary), indent=1))
+    trainer.close()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     return summary
 
 
-def _resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(directory: Path, trainer: Trainer) -> int:
     """Load the newest checkpoint, if there is one, and return the steps it has done."""
     found = checkpoint.latest(directory / "checkpoints")
     if found is None:
         return 0
-    checkpoint.load(found, model, optimizer)
+    checkpoint.load(found, trainer.read)
     logger.info("continuing from %s", found.path)
     return found.step
 

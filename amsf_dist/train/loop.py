@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from amsf_dist.train import checkpoint
 from amsf_dist.train.batches import TrainBatches
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError
-from amsf_dist.train.evaluation import Validation, evaluate, sequence_losses
+from amsf_dist.train.evaluation import Validation, evaluate
 from amsf_dist.train.optimizers import evaluation_weights, set_learning_rate
-from amsf_dist.train.parallel import World, arithmetic, gradient_sync
+from amsf_dist.train.parallel import World
 from amsf_dist.train.report import Report
 from amsf_dist.train.signals import StopRequest
 from amsf_dist.train.tokens import Tokens
+from amsf_dist.train.trainer import Trainer
 
 __all__ = ["MAX_SKIPPED", "Run", "train"]
 
@@ -34,8 +34,7 @@ class Run:
     Attributes:
         config: of this run.
         world: this process among the others.
-        model: on its device, sharded or copied.
-        optimizer: over the model's parameters.
+        trainer: has the model and the optimizer.
         tokens: training and held-out text.
         tokenizer: counts bytes, and goes into the export.
         report: what is told while it trains.
@@ -45,8 +44,7 @@ class Run:
 
     config: Config
     world: World
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    trainer: Trainer
     tokens: Tokens
     tokenizer: PreTrainedTokenizerBase
     report: Report
@@ -55,9 +53,10 @@ class Run:
 
     def validate(self) -> Validation:
         """Evaluate at x; every process must call it."""
-        with evaluation_weights(self.optimizer):
+        trainer = self.trainer
+        with evaluation_weights(trainer.optimizer):
             return evaluate(
-                self.model, self.tokens.validation, self.tokenizer, self.config, self.world
+                trainer.model, self.tokens.validation, self.tokenizer, self.config, self.world
             )
 
     def save(self, step: int) -> Path:
@@ -65,8 +64,7 @@ class Run:
         return checkpoint.save(
             self.directory / "checkpoints",
             step,
-            self.model,
-            self.optimizer,
+            self.trainer,
             self.config,
             self.tokens.sha256,
             self.world,
@@ -103,7 +101,7 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
             time.perf_counter() - start,
             loss=total / run.world.size,
             grad_norm=norm,
-            lr=float(run.optimizer.param_groups[0]["lr"]),
+            lr=float(run.trainer.optimizer.param_groups[0]["lr"]),
             skipped_steps=skipped,
         )
         if skipped_in_a_row >= MAX_SKIPPED:
@@ -132,35 +130,10 @@ def _step(run: Run, batches: TrainBatches, step: int) -> tuple[float, float]:
     # Dropout draws from here: no generator state needs to be saved for a run to resume exactly.
     seed = np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed >> np.uint64(1)))
-    set_learning_rate(run.optimizer, config, step)
+    set_learning_rate(run.trainer.optimizer, config, step)
     loss = torch.zeros((), device=world.device)
     for micro_batch in range(micro_batches):
         first = (micro_batch * world.size + world.rank) * size
         windows = batches.micro_batch(step, first, size).to(world.device)
-        with gradient_sync(run.model, micro_batch == micro_batches - 1, config):
-            with arithmetic(config, world):
-                part = sequence_losses(run.model, windows).mean() / micro_batches
-            part.backward()
-        loss += part.detach()
-    norm = _clip(run.model, config.max_grad_norm)
-    if np.isfinite(norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad()
-    return float(loss), norm
-
-
-def _clip(model: nn.Module, max_norm: float | None) -> float:
-    """Clip, and return the norm before it: of the whole gradient, so the same on every process."""
-    grads = [param.grad for param in model.parameters() if param.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    factor = 1.0 if max_norm is None else max_norm / (float(norm) + 1e-6)
-    if factor < 1.0 and np.isfinite(factor):
-        torch._foreach_mul_([_local(grad) for grad in grads], factor)
-    return float(norm)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
+        loss += run.trainer.backward(windows, last=micro_batch == micro_batches - 1)
+    return float(loss), run.trainer.move()

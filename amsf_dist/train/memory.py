@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from amsf_dist.train import zero_memory
 from amsf_dist.train.config import Config
 from amsf_dist.train.optimizers import FP32, adamw_fp32, memory_by_owner
 from amsf_dist.train.preflight import shapes_only
@@ -27,6 +28,15 @@ def predict(config: Config, num_processes: int) -> tuple[dict[str, int], dict[st
     """
     optimizer = shapes_only(config.model_copy(update={"optimizer": "amsf"}))
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    if config.parallel == "deepspeed":
+        held = zero_memory.predicted(config, params, num_processes)
+        owners = memory_by_owner(optimizer)
+        lines = {
+            name: -(-size // num_processes)
+            for name, size in owners.items()
+            if name not in ("weights", "gradients")
+        }
+        return {**held.owners(), **lines}, zero_memory.with_adamw(held)
     shards = num_processes if config.parallel == "fsdp2" else 1
     share = largest_share(params, shards)
     amsf = {owner: round(size * share) for owner, size in memory_by_owner(optimizer).items()}
@@ -52,7 +62,7 @@ def memory_table(config: Config, num_processes: int) -> str:
         cells = [human_bytes(run[owner]) if owner in run else "-" for run in (amsf, adamw)]
         lines.append(f"{owner:<14}{cells[0]:>12}{cells[1]:>14}")
     total, base = sum(amsf.values()), sum(adamw.values())
-    elements = adamw["weights"] / FP32
+    elements = adamw["exp_avg"] / FP32
     lines.append(f"{'total':<14}{human_bytes(total):>12}{human_bytes(base):>14}")
     lines.append(f"{'per parameter':<14}{total / elements:>10.2f} B{base / elements:>12.2f} B")
     processes = f"each of {num_processes} processes" if num_processes > 1 else "one process"

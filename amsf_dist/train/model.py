@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,34 @@ def model_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pretrain
     return found
 
 
-def build_model(config: Config, found: PretrainedConfig, device: str) -> PreTrainedModel:
+def build_model(
+    config: Config,
+    found: PretrainedConfig,
+    device: str,
+    hollow: contextlib.AbstractContextManager[Any] | None = None,
+) -> PreTrainedModel:
     """Build the model in the dtype of the config; the same seed gives the same weights everywhere.
 
     Args:
         config: the job.
         found: from `model_config`.
         device: `cpu` for real weights, `meta` for shapes only.
+        hollow: context that takes the numbers away as modules are made (`deepspeed.zero.Init`);
+            weights are then neither drawn nor read.
 
     Raises:
         UserError: if `transformers` refuses the configuration or the directory.
     """
     dtype = weights_dtype(config)
     try:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
+        with contextlib.ExitStack() as within:
+            within.enter_context(torch.device(device))
+            within.enter_context(torch.random.fork_rng(devices=[]))
             torch.manual_seed(config.seed)
-            if config.model.path is not None and device != "meta":
+            if hollow is not None:
+                within.enter_context(_without_drawing())
+                within.enter_context(hollow)
+            if config.model.path is not None and device != "meta" and hollow is None:
                 model = AutoModelForCausalLM.from_pretrained(
                     config.model.path, config=found, dtype=dtype, local_files_only=True
                 )
@@ -158,6 +171,17 @@ def _new(config: Config, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig
             f"num_key_value_heads ({groups})"
         )
     return found
+
+
+def _without_drawing() -> contextlib.AbstractContextManager[Any]:
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before transformers 5
+        from transformers.modeling_utils import (  # type: ignore[attr-defined,no-redef]
+            no_init_weights,
+        )
+    context: contextlib.AbstractContextManager[Any] = no_init_weights()
+    return context
 
 
 def _check_type(name: str, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from amsf_dist.train.errors import UserError
 __all__ = [
     "FP32",
     "LABELS",
+    "adamw_for",
     "adamw_fp32",
     "build_optimizer",
     "check_amsf",
@@ -54,10 +56,15 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
             return AMSF(model, **config.amsf)
         except (TypeError, ValueError) as error:
             raise UserError(f"amsf: {error}") from None
-    options = config.adamw
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    matrices = [pair for pair in named if options.decay == "all" or pair[1].ndim >= 2]
-    vectors = [pair for pair in named if not (options.decay == "all" or pair[1].ndim >= 2)]
+    return adamw_for(config.adamw, named)
+
+
+def adamw_for(options: AdamWConfig, named: Sequence[tuple[str, torch.Tensor]]) -> torch.optim.AdamW:
+    """Build AdamW for parameters, of which those without weight decay are a group of their own."""
+    decayed = [options.decay == "all" or _dimensions(param) >= 2 for _, param in named]
+    matrices = [pair for pair, decays in zip(named, decayed, strict=True) if decays]
+    vectors = [pair for pair, decays in zip(named, decayed, strict=True) if not decays]
     groups = [
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -122,6 +129,11 @@ def local_elements(optimizer: torch.optim.Optimizer) -> int:
     """Return the number of weights that this rank holds."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     return sum(_local(param).numel() for param in params)
+
+
+def _dimensions(param: torch.Tensor) -> int:
+    # deepspeed.zero.Init leaves an empty tensor and its shape beside it
+    return len(getattr(param, "ds_shape", param.shape))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

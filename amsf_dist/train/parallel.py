@@ -100,10 +100,14 @@ def join(config: Config) -> Iterator[World]:
     """Join the group that torchrun (or our launcher) describes, or a group of one, and leave it."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    kind = choose_device(config, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    # torchrun's name for the number of processes on this machine, and DeepSpeed's
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size
+    kind = choose_device(config, int(local_size))
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+    # DeepSpeed looks for a GPU otherwise when it is imported, and transformers imports it.
+    os.environ.setdefault("DS_ACCELERATOR", kind)
     timeout = datetime.timedelta(minutes=config.timeout_minutes)
     # gloo stands beside NCCL for what lies on the CPU: objects and checkpoints.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -140,8 +144,8 @@ def build_parallel_model(config: Config, found: PretrainedConfig, world: World) 
 
 
 def arithmetic(config: Config, world: World) -> contextlib.AbstractContextManager[Any]:
-    """Return the context of the forward pass: autocast for `mixed`, unless FSDP2 does the casts."""
-    if config.precision == "mixed" and config.parallel != "fsdp2":
+    """Return the context of the forward pass: autocast for `mixed`, unless the weights are bf16."""
+    if config.precision == "mixed" and config.parallel in ("ddp", "single"):
         return torch.autocast(world.device.type, torch.bfloat16)
     return contextlib.nullcontext()
 

@@ -18,6 +18,8 @@ from amsf_dist.train.parallel import choose_device
 from amsf_dist.train.text import check_source
 from amsf_dist.train.tokens import check_enough_text, load_tokenizer
 from amsf_dist.train.trackers import check_trackers
+from amsf_dist.train.zero_config import deepspeed_config
+from amsf_dist.train.zero_files import require_deepspeed
 
 __all__ = ["local_processes", "preflight", "quiet_libraries", "shapes_only"]
 
@@ -41,9 +43,13 @@ def preflight(config: Config, nproc: int) -> None:
             f"parallel=single takes one process, got {nproc}; use parallel=fsdp2 or ddp"
         )
     check_trackers(config)
+    if config.parallel == "deepspeed":
+        require_deepspeed()
     for run in (config, *(config.for_optimizer(name) for name in config.compare)):
         if run.optimizer == "amsf":
             check_amsf(run.amsf)
+        if run.parallel == "deepspeed":
+            deepspeed_config(run, nproc)
         _check_output(run)
     check_source(config.data)
     check_enough_text(config, load_tokenizer(config))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +22,6 @@ from transformers import PretrainedConfig
 
 from amsf_dist.train.config import Config
 from amsf_dist.train.evaluation import sequence_losses
-from amsf_dist.train.model import build_model
 from amsf_dist.train.optimizers import (
     adamw_fp32,
     build_optimizer,
@@ -29,7 +32,7 @@ from amsf_dist.train.optimizers import (
 from amsf_dist.train.parallel import World, arithmetic, build_parallel_model, gradient_sync
 from amsf_dist.train.zero_files import holds_zero, read_whole
 
-__all__ = ["TorchTrainer", "build_torch_trainer", "train_alone"]
+__all__ = ["TorchTrainer", "build_torch_trainer"]
 
 
 class TorchTrainer:
@@ -74,7 +77,7 @@ class TorchTrainer:
             set_state_dict(
                 self.model,
                 self.optimizer,
-                model_state_dict=whole_weights,
+                model_state_dict=dict(whole_weights),
                 optim_state_dict=whole_state,
                 # not strict: tied weights are there once
                 options=StateDictOptions(full_state_dict=True, strict=False),
@@ -82,19 +85,20 @@ class TorchTrainer:
             return
         weights, state = get_state_dict(self.model, self.optimizer)
         whole = {"model": weights, "optimizer": state}
-        alone = self._world.size == 1
-        dcp.load(whole, checkpoint_id=directory, no_dist=alone)  # type: ignore[attr-defined]
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=weights, optim_state_dict=state
-        )
+        with warnings.catch_warnings():
+            # "assuming the intent is to load in a single process", which it is
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            alone = self._world.size == 1
+            dcp.load(whole, checkpoint_id=directory, no_dist=alone)  # type: ignore[attr-defined]
+        set_state_dict(self.model, self.optimizer, model_state_dict=weights, optim_state_dict=state)
 
-    def whole_weights(self, newest: Path) -> dict[str, Tensor]:
+    @contextmanager
+    def whole_weights(self, newest: Path) -> Iterator[dict[str, Tensor]]:
         """Gather the evaluation weights on the main process; the files are not needed."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        with evaluation_weights(self.optimizer):
-            weights = get_model_state_dict(self.model, options=options)
-            # On one process they are the live ones, which go back to y.
-            return {name: value.clone() for name, value in weights.items()}
+        with evaluation_weights(self.optimizer):  # on one process they may be the live ones
+            weights: dict[str, Any] = dict(get_model_state_dict(self.model, options=options))
+            yield weights
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of this process's shards."""
@@ -118,13 +122,6 @@ def build_torch_trainer(config: Config, found: PretrainedConfig, world: World) -
     with world.together():
         optimizer = build_optimizer(config, model)
     return TorchTrainer(model, optimizer, config, world)
-
-
-def train_alone(config: Config, found: PretrainedConfig) -> TorchTrainer:
-    """Build the whole model in this process's memory; the other processes are left alone."""
-    model = build_model(config, found, "cpu")
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    return TorchTrainer(model, build_optimizer(config, model), config, world)
 
 
 def _clip(model: nn.Module, max_norm: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from amsf_dist.train.config import Config
 from amsf_dist.train.parallel import World
 from amsf_dist.train.torch_trainer import build_torch_trainer
 
-__all__ = ["Trainer", "build_trainer"]
+__all__ = ["Trainer", "build_trainer", "prepare_trainers"]
 
 
 class Trainer(Protocol):
@@ -48,8 +49,8 @@ class Trainer(Protocol):
     def read(self, directory: Path) -> None:
         """Take over what `write` wrote, of either trainer, on any number of processes."""
 
-    def whole_weights(self, newest: Path) -> dict[str, Tensor]:
-        """Return the weights to evaluate (x for AMSF), whole, on the main process; {} elsewhere.
+    def whole_weights(self, newest: Path) -> AbstractContextManager[dict[str, Tensor]]:
+        """Hold the weights to evaluate (x for AMSF), whole, on the main process; {} elsewhere.
 
         Args:
             newest: what `write` wrote last; the weights are still those.
@@ -63,6 +64,18 @@ class Trainer(Protocol):
 
     def close(self) -> None:
         """Let go of what the model holds."""
+
+
+def prepare_trainers(config: Config, world: World) -> None:
+    """Do what must be done once, before a trainer is built or anything is written.
+
+    Raises:
+        UserError: if DeepSpeed does not work here, or refuses its file.
+    """
+    if config.parallel == "deepspeed":
+        from amsf_dist.train.zero_start import start_deepspeed
+
+        start_deepspeed(config, world)
 
 
 def build_trainer(config: Config, found: PretrainedConfig, world: World) -> Trainer:

@@ -54,6 +54,15 @@ MISTAKES = {
     "too little text": ("data.validation_fraction=0.001", "give more text"),
     "GPUs that are not there": ("device=cuda", "set nproc="),
     "a package that is missing": ("log.wandb=true", "pip install wandb"),
+    "DeepSpeed without its file": ("parallel=deepspeed", "needs deepspeed, the path of its JSON"),
+    "bf16 weights alone under DeepSpeed": (
+        "parallel=deepspeed ; deepspeed=x.json ; precision=bf16",
+        "use precision=mixed",
+    ),
+    "a DeepSpeed file that does not exist": (
+        "parallel=deepspeed ; deepspeed=/no/zero.json",
+        "deepspeed: /no/zero.json does not exist",
+    ),
     "an output that is a file": ("output_dir=/dev/null", "/dev/null is a file"),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import write_config
+from torch.distributed.checkpoint.api import CheckpointException
 
 from amsf_dist.train import checkpoint, trackers
 from amsf_dist.train.config import AdamWConfig, Config
@@ -125,6 +126,7 @@ def test_memory_is_predicted_for_both_optimizers(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from amsf_dist.train import torch_trainer
     from amsf_dist.train.parallel import join
 
     config = load_config(write_config(tmp_path))
@@ -133,11 +135,19 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(
 
     def full(*arguments: object, **options: object) -> None:
         failures = {0: (OSError("No space left on device"), None)}
-        raise checkpoint.CheckpointException("write", failures)
+        raise CheckpointException("write", failures)
 
     with join(config) as world:
-        checkpoint.save(tmp_path, 1, model, optimizer, config, "sha", world)
-        monkeypatch.setattr(checkpoint.dcp, "save", full)
+        trainer = torch_trainer.TorchTrainer(model, optimizer, config, world)
+        checkpoint.save(tmp_path, 1, trainer, config, "sha", world)
+        monkeypatch.setattr(torch_trainer.dcp, "save", full)
         with pytest.raises(UserError, match="No space left on device"):
-            checkpoint.save(tmp_path, 2, model, optimizer, config, "sha", world)
+            checkpoint.save(tmp_path, 2, trainer, config, "sha", world)
     assert checkpoint.latest(tmp_path).step == 1
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(5))
+    damaged = checkpoint.Checkpoint(tmp_path, 6, {}, "sha", {"weights": 9})
+    with pytest.raises(UserError, match="weights: 5 bytes of 9; delete the checkpoint"):
+        checkpoint.load(damaged, lambda path: None)
