@@ -1,4 +1,4 @@
-"""The command line, `amsf`: train, explain, memory, export, plot."""
+"""The command line, `amsf`: train, explain, memory, export, plot, doctor."""
 
 from __future__ import annotations
 
@@ -113,6 +113,26 @@ def plot(run: Annotated[str, typer.Argument(metavar="RUN", help="output_dir of a
 
     for path in draw(Path(run)):
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG]",
+            help="DeepSpeed JSON, or what `accelerate config` writes; none: torch alone.",
+            show_default=False,
+        ),
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes to start here.")] = 2,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one collective.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a tiny model as CONFIG says, and compare with a plain fp64 reference."""
+    from amsf_dist.doctor.command import doctor as examine
+
+    raise typer.Exit(examine(config, nproc, timeout, as_json))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,7 +39,8 @@ class _Attention(nn.Module):
         scores = query @ key.transpose(-1, -2) / _HEAD_DIM**0.5
         later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         mixed = scores.masked_fill(later, float("-inf")).softmax(-1) @ value
-        return self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
+        return out
 
 
 class _MLP(nn.Module):
@@ -50,7 +51,8 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(_HIDDEN, _DIM, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Layer(nn.Module):
@@ -67,7 +69,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, length, width] in and out."""
         x = x + self.self_attn(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class TinyModel(nn.Module):
@@ -96,7 +99,7 @@ class TinyModel(nn.Module):
         with torch.no_grad():
             for name, param in self.named_parameters():
                 noise = torch.randn(param.shape, generator=generator)
-                param.copy_(0.2 * noise + float(name.endswith("norm.weight")))
+                param.copy_(0.2 * noise + 0.5 * float(name.endswith("norm.weight")))
 
     def tie_weights(self) -> None:
         """Make the output projection the embedding."""

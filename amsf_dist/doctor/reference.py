@@ -30,11 +30,13 @@ class Compute:
 
     Attributes:
         dtype: None: fp32, which the reference takes in fp64.
-        autocast: the weights stay fp32, and `dtype` is torch.autocast's; else they are cast.
+        cast: the weights that forward uses are in `dtype`, not in fp32.
+        autocast: forward runs under torch.autocast to `dtype`.
         loss_scale: the loss is multiplied by it, and the gradient divided.
     """
 
     dtype: torch.dtype | None = None
+    cast: bool = False
     autocast: bool = False
     loss_scale: float = 1.0
 
@@ -44,10 +46,11 @@ class Compute:
         return self.dtype is None
 
     def __str__(self) -> str:
+        """As people say it."""
         if self.dtype is None:
             return "fp32"
         name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
-        return f"{name} autocast" if self.autocast else name
+        return f"{name} autocast" if self.autocast and not self.cast else name
 
 
 def gradients(
@@ -67,13 +70,15 @@ def gradients(
     Returns:
         Name -> fp64; only of what is trained.
     """
-    dtype = torch.float64 if compute.dtype is None else compute.dtype
-    network = copy.deepcopy(model).to(torch.float32 if compute.autocast else dtype)
+    dtype = torch.float64 if compute.is_exact else torch.float32
+    network = copy.deepcopy(model).to(dtype)
     device = parts[0].device
     with torch.no_grad():
         for name, param in network.named_parameters():
             if name in weights:
-                param.copy_(weights[name].float() if compute.dtype else weights[name])
+                param.copy_(weights[name])
+    if compute.cast:
+        network.to(compute.dtype)
     trained = {name: param for name, param in network.named_parameters() if param.requires_grad}
     found = {name: torch.zeros_like(weights[name]) for name in trained}
     for tokens in parts:
@@ -178,7 +183,7 @@ class Reference:
 
     def _root(self, name: str) -> Tensor:
         beta2 = self.options["betas"][1]
-        root = (self.v[name] / (1 - beta2**self.steps)).sqrt() + self.options["eps"]
+        root: Tensor = (self.v[name] / (1 - beta2**self.steps)).sqrt() + self.options["eps"]
         return root.expand(-1, self.block_numel[name]).reshape(self.start[name].shape)
 
     def _decay(self, name: str) -> float:

@@ -36,7 +36,7 @@ FLOORS = (
     ),
     ("optimizer",),
     ("release", "checkpoint", "conversion", "precision"),
-    ("integrations", "train"),
+    ("integrations", "train", "doctor"),
     ("cli", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -48,7 +48,9 @@ OPTIONAL = frozenset(
     "typer tqdm safetensors tokenizers".split()
 )
 DISTRIBUTED = "torch.distributed"
-MAY_BE_DISTRIBUTED = frozenset("shards reduce exact release checkpoint integrations train".split())
+MAY_BE_DISTRIBUTED = frozenset(
+    "shards reduce exact release checkpoint integrations train doctor".split()
+)
 
 
 def modules(package: Path) -> Iterator[tuple[str, Path]]:
