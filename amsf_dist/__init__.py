@@ -5,8 +5,9 @@ from __future__ import annotations
 from amsf_dist.audit import explain
 from amsf_dist.integrations.deepspeed import register as _register
 from amsf_dist.optimizer import AMSF
+from amsf_dist.precision import cast_model
 
-__all__ = ["AMSF", "__version__", "explain"]
+__all__ = ["AMSF", "__version__", "cast_model", "explain"]
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,8 @@ from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
 from amsf_dist.rules import RULES
 from amsf_dist.shards import Layout, flats_of, locate, on_paper
-from amsf_dist.state import STASH
-from amsf_dist.storage import state_storage
+from amsf_dist.state import STASH, WEIGHT
+from amsf_dist.storage import state_storage, weight_storage
 
 __all__ = ["Explanation", "Row", "explain", "explain_holdings", "memory"]
 
@@ -119,13 +119,15 @@ def explain(
         named, cut_lines(group, read_architecture(model), flats), strict=True
     ):
         one = torch.empty(1, dtype=param.dtype, device="meta")
-        entries = state_storage(storage, param.dtype).allocate("line", one).values()
+        line = state_storage(storage, param.dtype).allocate("line", one).values()
+        weights = weight_storage(hyper.weight_storage, param.dtype)
+        errors = weights.beside(WEIGHT, one).values()
         if mesh is None:
             layout = locate(parts, param, flats)
         else:
             (part,) = parts
             layout = on_paper(part, [mesh] if isinstance(mesh, int) else mesh)
-        rows += _rows(layout, param, len(lines) * sum(map(_bytes, entries)))
+        rows += _rows(layout, param, len(lines) * sum(map(_bytes, line)) + sum(map(_bytes, errors)))
     return Explanation(tuple(rows))
 
 
@@ -134,6 +136,7 @@ def explain_holdings(holdings: Sequence[Holding]) -> Explanation:
     rows: list[Row] = []
     for holding in holdings:
         tensors = [tensor for line in holding.lines for tensor in line.tensors]
+        tensors += holding.errors
         numel = max(1, holding.memory(holding.param).numel())
         rows += _rows(holding.layout, holding.param, sum(map(_bytes, tensors)) / numel)
     return Explanation(tuple(rows))
@@ -151,6 +154,7 @@ def memory(
     owners = {"weights": 0, "error_bits": 0}
     for holding in holdings:
         owners["weights"] += _bytes(holding.memory(holding.param))
+        owners["error_bits"] += sum(map(_bytes, holding.errors))
         for name, line in zip(holding.rule.lines, holding.lines, strict=True):
             owners[name] = owners.get(name, 0) + sum(map(_bytes, line.tensors))
         owners["v"] = owners.get("v", 0) + _bytes(holding.exp_avg_sq)

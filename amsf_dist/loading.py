@@ -185,8 +185,8 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
     """
     name = holding.name or "a parameter"
     for key, value in ours.items():
-        if key == STASH:
-            continue
+        if key == STASH or (key not in saved and key in holding.error_keys):
+            continue  # weights saved without error bits are those weights
         if key not in saved:
             raise ValueError(
                 f"{name}: the state dict has no {key!r} (it has {sorted(map(str, saved))}); it was "
@@ -227,6 +227,8 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
             kernels.gather_(holding, saved[key].to(value).reshape(-1))
         elif key == MOMENT and tuple(saved[key].shape) != tuple(value.shape):
             copy_into(value, _by_block(holding, saved[key])[:, 0].view(value.shape))
+        elif key in holding.error_keys and key not in saved:
+            value.zero_()
         elif key != STASH:
             copy_into(value, saved[key])
     ours.pop(STASH, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from amsf_dist import kernels
 from amsf_dist.blocks import canonical_name
 from amsf_dist.kernels import Holding
 from amsf_dist.owner import Owner
+from amsf_dist.shards import copy_into
 from amsf_dist.state import STASH
 from amsf_dist.watch import Watch
 
@@ -49,12 +50,11 @@ class TwoModes(Optimizer):
     def train(self) -> None:
         """Put y back, bit for bit. Idempotent; under an engine every rank must call it."""
         for holding in self._to_change(training=False):
-            weights = holding.memory(holding.param)
             stash = self.state[holding.param].pop(STASH, None)
             if stash is None:  # a checkpoint written in eval mode whose loader dropped y
-                kernels.average_(holding, out=weights, back=True)
+                kernels.unaverage_(holding)
             else:
-                weights.copy_(holding.memory(stash))
+                holding.memory(holding.param).copy_(holding.memory(stash))
         self._set_mode(training=True)
 
     @contextmanager
@@ -69,11 +69,15 @@ class TwoModes(Optimizer):
                 self.train()
 
     @torch.no_grad()
-    def averaged_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+    def averaged_state_dict(
+        self, model: nn.Module, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
         """The model's state dict at x, without touching the parameters.
 
         Args:
             model: whose parameters this optimizer trains; wrappers are seen through.
+            dtype: of the trained parameters; None: their own. `torch.float32` gives what 16-bit
+                weights and their error bits are together.
 
         Returns:
             Canonical name -> tensor. Trained parameters are new tensors, DTensors where the
@@ -81,18 +85,63 @@ class TwoModes(Optimizer):
             and buffers are the model's own.
         """
         self._watch.between_steps(self.holdings)
-        averages: dict[int, Tensor] = {}
-        for holding in self.holdings:
-            averages[id(holding.param)] = x = holding.param.detach().clone()
-            if holding.group["train_mode"]:
-                kernels.average_(holding, out=holding.memory(x))
+        averages = {id(h.param): self._average(h, dtype or h.param.dtype) for h in self.holdings}
         if self._owner is not None:
-            return self._owner.whole(averages, model)
+            return self._owner.whole(averages, model, dtype)
         tied: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
         return {
             canonical_name(name): averages.get(id(tied.get(name)), value)
             for name, value in model.state_dict().items()
         }
+
+    def _average(self, holding: Holding, dtype: torch.dtype) -> Tensor:
+        """X as a new tensor laid out as the parameter, whatever that holds now."""
+        param = holding.param.detach()
+        stash = self.state[holding.param].get(STASH)
+        at_x = holding.rule.averaged and not holding.group["train_mode"]
+        if at_x and (stash is None or dtype == param.dtype):
+            return param.to(dtype, copy=True)
+        x = torch.empty_like(param, dtype=dtype)
+        weight = holding.weight
+        if at_x and stash is not None:  # the parameter holds x rounded; y is exact
+            weight = (holding.memory(stash), *holding.errors)
+        kernels.average_(holding, out=holding.memory(x), weight=weight)
+        return x
+
+    @torch.no_grad()
+    def load_averaged_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over weights x, error bits included: what `averaged_state_dict` gave, of any dtype.
+
+        Args:
+            state_dict: canonical name -> x, whole tensors or DTensors laid out as the parameters;
+                names that the optimizer does not train are left alone.
+
+        Raises:
+            RuntimeError: the parameters hold x (after `eval`), or an engine owns the weights.
+            ValueError: a parameter is missing, or has another shape; nothing is changed then.
+        """
+        if self._owner is not None:
+            raise RuntimeError(
+                "the weights belong to DeepSpeed: load them with "
+                "amsf_dist.integrations.deepspeed.load_state_dict(engine, ...)"
+            )
+        if not all(group["train_mode"] for group in self.param_groups):
+            raise RuntimeError("the parameters hold the average x: call optimizer.train() first")
+        self._watch.between_steps(self.holdings)
+        given = {canonical_name(name): value for name, value in state_dict.items()}
+        for holding in self.holdings:
+            value = given.get(holding.name)
+            if value is None or tuple(value.shape) != tuple(holding.param.shape):
+                found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"{holding.name or 'a parameter without a name'} is {found} in the state dict, "
+                    f"the optimizer has it with shape {tuple(holding.param.shape)}"
+                )
+        for holding in self.holdings:
+            value = given[holding.name]
+            x = torch.empty_like(holding.param.detach(), dtype=value.dtype)
+            copy_into(x, value)
+            kernels.assign_(holding, holding.memory(x))
 
     def _to_change(self, *, training: bool) -> list[Holding]:
         """The holdings whose parameters hold y, or x."""

@@ -51,8 +51,10 @@ class AMSF(TwoModes):
         decay: "all" parameters, or "matrices": only those with two dimensions or more.
         decouple_lr: multiply weight decay by lr / max_lr instead of lr.
         max_lr: highest lr of the schedule, for `decouple_lr`; None: the group's lr.
-        weight_storage: "auto" and "native": in the parameter's own dtype.
-        state_storage: "auto" and "fp32", or "bf16".
+        weight_storage: of bf16 and fp16 parameters: "auto" and "bf16+8" (8 error bits beside
+            them), "bf16+16" (fp32 in two parts), "kahan", "stochastic" (rounded at random), or
+            "native" (rounded to nearest: small updates are lost). docs/storage.md.
+        state_storage: "auto" and "fp32", or "bf16", rounded at random.
         lr_adaptation: None.
         seed: of stochastic rounding.
         deterministic: block moments with the same bits for any number of ranks that see the same

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from amsf_dist.groups import Seat
@@ -39,12 +40,15 @@ class Owner(Protocol):
     def publish(self) -> None:
         """Bring what the tensors hold into the weights of the model; every rank must call it."""
 
-    def whole(self, tensors: Mapping[int, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def whole(
+        self, tensors: Mapping[int, Tensor], model: nn.Module, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
         """A model's state dict with other numbers in it; every rank must call it.
 
         Args:
             tensors: id(tensor) -> what to read in its place.
             model: of the engine.
+            dtype: of the trained parameters; None: the model's.
         """
 
     def extras(self) -> dict[str, Any]:
@@ -91,7 +95,9 @@ class Expected:
     def publish(self) -> None:
         """Nothing has changed."""
 
-    def whole(self, tensors: Mapping[int, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def whole(
+        self, tensors: Mapping[int, Tensor], model: nn.Module, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
         """The model as it is."""
         return model.state_dict()
 

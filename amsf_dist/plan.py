@@ -19,7 +19,7 @@ from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
 from amsf_dist.kernels import Holding
-from amsf_dist.kernels.holding import Line
+from amsf_dist.kernels.holding import WEIGHT, Line
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
 from amsf_dist.rules.protocol import Coefficients, Scalar
@@ -66,8 +66,10 @@ class Lane:
         verdict = None if host and finite else finite
         coefficients = self.advance(stepping + absent, finite if everyone_knows else None)
         by_block = verdict is not None and not everyone_knows
+        steps = _per_parameter(self.counters.values["step"], len(self.holdings))
         for holding in stepping:
-            kernels.move_(holding, coefficients[holding.index], verdict, by_block)
+            at = holding.index
+            kernels.move_(holding, coefficients[at], steps[at], verdict, by_block)
 
     def advance(self, stepping: Sequence[Holding], finite: Tensor | None) -> list[Coefficients]:
         """Advance the counters of the parameters that step now.
@@ -199,12 +201,13 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     group, param = seat.group, seat.param
     rule, layout = RULES[group["averaging"]], locate(seat.parts, param, flats)
     storage = state_storage(group["state_storage"], param.dtype)
+    weights = weight_storage(group["weight_storage"], param.dtype)
     entries = state[param]
     if not entries:
-        entries.update(states.create(param, layout, rule, storage))
+        entries.update(states.create(param, layout, rule, storage, weights))
     elif layout.local(entries[states.MOMENT]).device != layout.local(param.detach()).device:
         # the model went to another device, or came from "meta", after its state was made
-        for key, fresh in states.create(param, layout, rule, storage).items():
+        for key, fresh in states.create(param, layout, rule, storage, weights).items():
             if not entries[key].is_meta:
                 copy_into(fresh, entries[key])
             entries[key] = fresh
@@ -213,7 +216,8 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
         name=seat.name,
         layout=layout,
         rule=rule,
-        weight_storage=weight_storage(group["weight_storage"], param.dtype),
+        weight_storage=weights,
+        errors=tuple(layout.local(entries[key]) for key in weights.keys(WEIGHT)[1:]),
         lines=tuple(
             Line(storage, tuple(layout.local(entries[key]) for key in storage.keys(line)))
             for line in rule.lines

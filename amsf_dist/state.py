@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels.holding import WEIGHT
 from amsf_dist.rules import Rule
 from amsf_dist.shards import Layout
 from amsf_dist.storage import Storage
 
-__all__ = ["MOMENT", "STASH", "Counters", "create", "number"]
+__all__ = ["MOMENT", "STASH", "WEIGHT", "Counters", "create", "number"]
 
 MOMENT = "exp_avg_sq"
 STASH = "y"
@@ -53,7 +54,9 @@ def number(counter: Tensor | None) -> float:
     return 0.0 if counter is None or counter.is_meta else float(counter)
 
 
-def create(param: Tensor, layout: Layout, rule: Rule, storage: Storage) -> dict[str, Any]:
+def create(
+    param: Tensor, layout: Layout, rule: Rule, storage: Storage, weights: Storage
+) -> dict[str, Any]:
     """All of one parameter's tensors, zero; the counters follow with `Counters`.
 
     Args:
@@ -61,8 +64,9 @@ def create(param: Tensor, layout: Layout, rule: Rule, storage: Storage) -> dict[
         layout: where its numbers lie.
         rule: names the lines.
         storage: of the lines.
+        weights: storage of the weights; what it keeps beside the parameter is state.
     """
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = dict(weights.beside(WEIGHT, param))
     for line in rule.lines:
         state.update(storage.allocate(line, param))
     memory = layout.local(param.detach())

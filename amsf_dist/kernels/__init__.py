@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
 from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.reference import average_, move_, sum_of_squares
+from amsf_dist.kernels.reference import assign_, average_, move_, sum_of_squares, unaverage_
 from amsf_dist.kernels.transfer import (
     add_means,
     gather_,
@@ -18,6 +18,7 @@ __all__ = [
     "Holding",
     "add_means",
     "add_scaled_squares",
+    "assign_",
     "average_",
     "gather_",
     "largest_square",
@@ -26,5 +27,6 @@ __all__ = [
     "spread",
     "sum_of_squares",
     "take_means_",
+    "unaverage_",
     "write_line_",
 ]

@@ -13,7 +13,10 @@ from amsf_dist.rules import Rule
 from amsf_dist.shards import Layout
 from amsf_dist.storage import Storage
 
-__all__ = ["Holding", "Line"]
+__all__ = ["WEIGHT", "Holding", "Line"]
+
+WEIGHT = "weight"
+"""What a weight storage's keys are made of; the first of them is the parameter itself."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Holding:
         layout: where its numbers lie.
         rule: the group's update rule.
         weight_storage: how its weights are kept.
+        errors: this rank's memory of what that storage keeps beside the parameter.
         lines: the rule's lines, in the rule's order.
         exp_avg_sq: [num_blocks] second moments of the blocks here, a view of the state.
         group: its parameter group, live.
@@ -46,6 +50,7 @@ class Holding:
     layout: Layout
     rule: Rule
     weight_storage: Storage
+    errors: tuple[Tensor, ...]
     lines: tuple[Line, ...]
     exp_avg_sq: Tensor
     group: Mapping[str, Any]
@@ -63,6 +68,16 @@ class Holding:
         grad = self.param.grad
         assert grad is not None
         return self.memory(grad)
+
+    @property
+    def error_keys(self) -> tuple[str, ...]:
+        """Names in the state of what the weight storage keeps beside the parameter."""
+        return self.weight_storage.keys(WEIGHT)[1:]
+
+    @property
+    def weight(self) -> tuple[Tensor, ...]:
+        """This rank's memory of the weights, in the order of their storage's keys."""
+        return self.memory(self.param), *self.errors
 
     def memory(self, tensor: Tensor) -> Tensor:
         """This rank's memory of a tensor shaped and sharded as the parameter."""

@@ -12,13 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.tiles import flat_line, flat_lines, put_back, tiles
-from amsf_dist.rules.protocol import Coefficients
+from amsf_dist.kernels.draws import Draws
+from amsf_dist.kernels.holding import WEIGHT, Holding
+from amsf_dist.kernels.tiles import (
+    flat_line,
+    flat_lines,
+    flat_tensors,
+    put_all_back,
+    put_back,
+    tiles,
+)
+from amsf_dist.rules.protocol import Coefficients, Scalar
 from amsf_dist.shards import Piece
 from amsf_dist.shards.runs import Section
+from amsf_dist.storage import Plain
 
-__all__ = ["average_", "move_", "sum_of_squares"]
+__all__ = ["assign_", "average_", "move_", "sum_of_squares", "unaverage_"]
 
 
 def sum_of_squares(holding: Holding) -> None:
@@ -40,51 +49,92 @@ def sum_of_squares(holding: Holding) -> None:
                 sums += part.view(tile.num_blocks, -1).square().sum(1)
 
 
-def move_(holding: Holding, c: Coefficients, finite: Tensor | None, by_block: bool) -> None:
+def move_(
+    holding: Holding,
+    c: Coefficients,
+    step: Scalar,
+    finite: Tensor | None,
+    by_block: bool,
+) -> None:
     """Update second moments, weights and lines in place.
 
     Args:
         holding: has a gradient; its `sums` hold the agreed block sums.
         c: the rule's scalars for this parameter.
+        step: its count of steps, this one included: a key of stochastic rounding.
         finite: 0-dim bool on the weights' device: where False nothing changes. None when the host
             knows that all is finite, which saves the comparison.
         by_block: decide block by block instead, from the block's own sum.
     """
-    memory, gradient = holding.memory(holding.param), holding.gradient
+    memory, gradient = holding.weight, holding.gradient
     for piece in holding.layout.pieces:
         # also where none of the piece's numbers lie here: its moments may be kept by all its ranks
         scaled = None if piece.part.elementwise else _scale_(holding, piece, c, finite, by_block)
-        weight, gradient_line = flat_line(memory, piece), flat_line(gradient, piece)
+        weight, gradient_line = flat_tensors(memory, piece), flat_line(gradient, piece)
         lines = flat_lines(holding, piece)
-        for tile in tiles(piece, memory.device):
+        draws = Draws(holding, piece, step)
+        for tile in tiles(piece, gradient.device):
             _move_tile_(
-                holding, piece, tile, weight, gradient_line, lines, scaled, c, finite, by_block
+                holding,
+                piece,
+                tile,
+                weight,
+                gradient_line,
+                lines,
+                scaled,
+                c,
+                draws,
+                finite,
+                by_block,
             )
-        put_back(memory, piece, weight)
+        put_all_back(memory, piece, weight)
         for line, tensors in zip(holding.lines, lines, strict=True):
-            for tensor, flat in zip(line.tensors, tensors, strict=True):
-                put_back(tensor, piece, flat)
+            put_all_back(line.tensors, piece, tensors)
 
 
-def average_(holding: Holding, out: Tensor, *, back: bool = False) -> None:
-    """Write the evaluation weights x, or back from them the training weights y.
+def average_(holding: Holding, out: Tensor, weight: tuple[Tensor, ...] | None = None) -> None:
+    """Write the evaluation weights x, rounded to nearest.
 
     Args:
-        holding: whose weights and lines are read.
-        out: this rank's memory of a tensor laid out as the parameter; may be the parameter's own.
-        back: read x and write y; right to rounding only.
+        holding: whose weights y and lines are read.
+        out: this rank's memory of a tensor laid out as the parameter, of any floating dtype; may
+            be the parameter's own.
+        weight: tensors of the weight storage to read y from; None: the holding's.
     """
-    memory, dtype = holding.memory(holding.param), holding.compute_dtype
-    convert = holding.rule.to_y if back else holding.rule.to_x
+    dtype, target = holding.compute_dtype, Plain(out.dtype)
     for piece in holding.layout.pieces:
-        weight, result = flat_line(memory, piece), flat_line(out, piece)
+        before, result = flat_tensors(weight or holding.weight, piece), flat_line(out, piece)
         lines = flat_lines(holding, piece)
-        for tile in tiles(piece, memory.device):
+        for tile in tiles(piece, out.device):
             span = slice(tile.start, tile.stop)
-            values = _load(holding, lines, span)
-            before = holding.weight_storage.load((weight,), span, dtype)
-            holding.weight_storage.store((result,), span, convert(before, values, holding.group))
+            y = holding.weight_storage.load(before, span, dtype)
+            x = holding.rule.to_x(y, _load(holding, lines, span), holding.group)
+            target.store((result,), span, x)
         put_back(out, piece, result)
+
+
+def unaverage_(holding: Holding) -> None:
+    """Write the training weights y where the parameters hold x; right to rounding only."""
+    assign_(holding, holding.memory(holding.param))
+
+
+def assign_(holding: Holding, x: Tensor) -> None:
+    """Write the training weights y whose average is x.
+
+    Args:
+        holding: whose weights are written, and whose lines are read.
+        x: laid out as this rank's memory, of any floating dtype; may be the parameter's own.
+    """
+    dtype, source = holding.compute_dtype, Plain(x.dtype)
+    for piece in holding.layout.pieces:
+        weight, lines = flat_tensors(holding.weight, piece), flat_lines(holding, piece)
+        given = flat_line(x, piece)
+        for tile in tiles(piece, x.device):
+            span = slice(tile.start, tile.stop)
+            at_x = source.load((given,), span, dtype)
+            y = holding.rule.to_y(at_x, _load(holding, lines, span), holding.group)
+            holding.weight_storage.store(weight, span, y)
+        put_all_back(holding.weight, piece, weight)
 
 
 def _load(
@@ -121,11 +171,12 @@ def _move_tile_(
     holding: Holding,
     piece: Piece,
     tile: Section,
-    weight: Tensor,
+    weight: tuple[Tensor, ...],
     gradient: Tensor,
     lines: tuple[tuple[Tensor, ...], ...],
     scaled: _Scaled | None,
     c: Coefficients,
+    draws: Draws,
     finite: Tensor | None,
     by_block: bool,
 ) -> None:
@@ -147,7 +198,7 @@ def _move_tile_(
         if finite is not None and finite.dim():
             finite = finite[here].view(-1, 1)
 
-    y = holding.weight_storage.load((weight,), span, dtype).view(shape)
+    y = holding.weight_storage.load(weight, span, dtype).view(shape)
     decays = holding.group["decay"] == "all" or len(piece.part.shape) >= 2
     before_lines = tuple(values.view(shape) for values in _load(holding, lines, span))
     moved, moved_lines = rule.move(y, g, scale, before_lines, decays, c)
@@ -157,6 +208,8 @@ def _move_tile_(
             torch.where(finite, after, before)
             for after, before in zip(moved_lines, before_lines, strict=True)
         )
-    holding.weight_storage.store((weight,), span, moved.view(-1))
-    for line, tensors, values in zip(holding.lines, lines, moved_lines, strict=True):
-        line.storage.store(tensors, span, values.view(-1))
+    holding.weight_storage.store(weight, span, moved.view(-1), draws.of(WEIGHT, tile))
+    for name, line, tensors, values in zip(
+        rule.lines, holding.lines, lines, moved_lines, strict=True
+    ):
+        line.storage.store(tensors, span, values.view(-1), draws.of(name, tile))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,15 @@ from amsf_dist.kernels.holding import Holding
 from amsf_dist.shards import Piece
 from amsf_dist.shards.runs import Section
 
-__all__ = ["flat_line", "flat_lines", "put_back", "sections", "tiles"]
+__all__ = [
+    "flat_line",
+    "flat_lines",
+    "flat_tensors",
+    "put_all_back",
+    "put_back",
+    "sections",
+    "tiles",
+]
 
 # Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache;
 # on a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
@@ -50,11 +58,20 @@ def flat_line(memory: Tensor, piece: Piece) -> Tensor:
     return views[0].reshape(-1) if len(views) == 1 else torch.cat([v.reshape(-1) for v in views])
 
 
+def flat_tensors(memory: Sequence[Tensor], piece: Piece) -> tuple[Tensor, ...]:
+    """The tensors of one storage, flat in line order."""
+    return tuple(flat_line(tensor, piece) for tensor in memory)
+
+
 def flat_lines(holding: Holding, piece: Piece) -> tuple[tuple[Tensor, ...], ...]:
     """Memory of the rule's lines, flat in line order."""
-    return tuple(
-        tuple(flat_line(tensor, piece) for tensor in line.tensors) for line in holding.lines
-    )
+    return tuple(flat_tensors(line.tensors, piece) for line in holding.lines)
+
+
+def put_all_back(memory: Sequence[Tensor], piece: Piece, lines: Sequence[Tensor]) -> None:
+    """The same for the tensors of one storage."""
+    for tensor, line in zip(memory, lines, strict=True):
+        put_back(tensor, piece, line)
 
 
 def put_back(memory: Tensor, piece: Piece, line: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.tiles import flat_line, flat_lines, put_back, sections, tiles
+from amsf_dist.kernels.tiles import flat_line, flat_lines, put_all_back, put_back, sections, tiles
 
 __all__ = ["add_means", "gather_", "read_line", "spread", "take_means_", "write_line_"]
 
@@ -84,5 +84,4 @@ def write_line_(holding: Holding, index: int, values: Tensor) -> None:
         for tile in tiles(piece, values.device):
             span = slice(tile.start, tile.stop)
             storage.store(tensors, span, numbers[span])
-        for tensor, flat in zip(holding.lines[index].tensors, tensors, strict=True):
-            put_back(tensor, piece, flat)
+        put_all_back(holding.lines[index].tensors, piece, tensors)

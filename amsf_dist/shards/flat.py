@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from amsf_dist.shards.layout import Axis, Box, Cut, Layout, Part, Piece
+from amsf_dist.shards.layout import Axis, Box, Cut, Layout, Part, Piece, Span
 from amsf_dist.shards.runs import Run, box_runs, interval_boxes
 from amsf_dist.shards.vector import line_shape
 
@@ -85,7 +85,10 @@ def _in_order(
     cut = sorted({b // size for b in here.boundaries if b % size})
     moved = tuple(_moved(run, here.offset, first_block - first) for run in runs)
     num_blocks = runs[0].num_blocks if runs else 0
-    return Piece(part, moved, first_block, num_blocks, first_sum, len(cut)), first, cut
+    numel = math.prod(part.shape)
+    span = Span(here.offset, (numel,), (here.start,), (here.stop - here.start,))
+    piece = Piece(part, moved, first_block, num_blocks, first_sum, len(cut), spans=(span,))
+    return piece, first, cut
 
 
 def _transposed(
@@ -97,20 +100,30 @@ def _transposed(
     """
     order = part.blocks.order
     assert order is not None
-    line, boxes, runs, numel = line_shape(part.shape, part.blocks), [], list[Run](), 0
+    line, numel = line_shape(part.shape, part.blocks), 0
+    boxes: list[Box] = []
+    spans: list[Span] = []
+    runs: list[Run] = []
     for offsets, lengths in interval_boxes(part.shape, here.start, here.stop):
         boxes.append(Box(here.offset + numel, tuple(lengths)))
-        of_box = box_runs(
-            line,
-            [offsets[dim] for dim in order],
-            [lengths[dim] for dim in order],
-            part.blocks.block_numel,
-        )
+        starts = tuple(offsets[dim] for dim in order)
+        sizes = tuple(lengths[dim] for dim in order)
+        of_box = box_runs(line, starts, sizes, part.blocks.block_numel)
+        spans.append(Span(numel, line, starts, sizes))
         runs += [_moved(run, numel, first_block) for run in of_box]
         numel += math.prod(lengths)
     num_blocks = part.num_blocks if runs else 0
     cut = range(part.num_blocks) if here.boundaries else ()
-    piece = Piece(part, tuple(runs), first_block, num_blocks, first_sum, len(cut), tuple(boxes))
+    piece = Piece(
+        part,
+        tuple(runs),
+        first_block,
+        num_blocks,
+        first_sum,
+        len(cut),
+        tuple(boxes),
+        tuple(spans),
+    )
     return piece, 0, cut
 
 

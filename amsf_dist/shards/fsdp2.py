@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
-from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
+from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece, Span
 from amsf_dist.shards.runs import box_runs, local_blocks
 from amsf_dist.shards.vector import line_shape, vector_shape
 
@@ -76,7 +76,16 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
     num_blocks = math.prod(vector_lengths)
     every = range(num_blocks)
     return Layout(
-        pieces=(Piece(part, runs, 0, num_blocks, cut_blocks=num_blocks if cut else 0),),
+        pieces=(
+            Piece(
+                part,
+                runs,
+                0,
+                num_blocks,
+                cut_blocks=num_blocks if cut else 0,
+                spans=(Span(0, line, tuple(offsets), tuple(lengths)),),
+            ),
+        ),
         cuts=tuple(Cut(axes[dim], num_blocks, every, every) for dim in cut),
         spread=tuple(axes.values()),
         local=_local,

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.runs import Run
 
-__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "itself"]
+__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "Span", "itself"]
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -75,6 +76,42 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A box of a parameter, together in a piece's flat line.
+
+    Attributes:
+        position: of its first number in the flat line.
+        shape: of the whole parameter, in line order.
+        offsets: first index of the box in every dim.
+        lengths: of the box in every dim.
+    """
+
+    position: int
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def places(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """[stop - start] int64: places in the parameter's line of the flat line's [start, stop).
+
+        The same number has the same place under every sharding.
+        """
+        left = torch.arange(start - self.position, stop - self.position, device=device)
+        places, stride = torch.zeros_like(left), 1
+        merged = 1  # trailing dims that lie here whole are one dim
+        for size, offset, length in zip(
+            self.shape[::-1], self.offsets[::-1], self.lengths[::-1], strict=True
+        ):
+            if size == length:
+                merged *= size
+                continue
+            size, offset, length, merged = size * merged, offset * merged, length * merged, 1
+            places += (left % length + offset) * stride
+            left, stride = left.div(length, rounding_mode="floor"), stride * size
+        return places + left * stride
+
+
+@dataclass(frozen=True)
 class Piece:
     """What lies here of one part.
 
@@ -89,6 +126,7 @@ class Piece:
         first_sum: where its sums begin in the tensor's sums.
         cut_blocks: how many blocks of the whole parameter are shared by ranks.
         boxes: where it lies, if in a flat tensor and in another order than its line.
+        spans: which numbers of the parameter's line they are.
     """
 
     part: Part
@@ -98,6 +136,7 @@ class Piece:
     first_sum: int = 0
     cut_blocks: int = 0
     boxes: tuple[Box, ...] = ()
+    spans: tuple[Span, ...] = ()
 
     @property
     def num_sums(self) -> int:
@@ -108,6 +147,11 @@ class Piece:
     def numel(self) -> int:
         """Numbers of the parameter that lie here."""
         return sum(run.numel for run in self.runs)
+
+    def places(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """[stop - start] int64: places in the parameter's line; the numbers are of one span."""
+        span = next(span for span in reversed(self.spans) if span.position <= start)
+        return span.places(start, stop, device)
 
 
 @dataclass(frozen=True)

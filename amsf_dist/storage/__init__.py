@@ -10,22 +10,22 @@ from amsf_dist.storage.protocol import Draw, Storage
 from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic
 
-__all__ = ["Draw", "Storage", "state_storage", "weight_storage"]
+__all__ = ["Draw", "Plain", "Storage", "state_storage", "weight_storage"]
 
 
 def weight_storage(name: str, dtype: torch.dtype) -> Storage:
     """The storage of weights.
 
     Args:
-        name: checked value of `weight_storage=`; "auto" is "native".
+        name: checked value of `weight_storage=`; "auto" is "bf16+8".
         dtype: of the parameter. fp32 and fp64 need nothing and are kept as they are; "bf16+8" and
             "bf16+16" mean 8 and 16 error bits for fp16 weights too.
     """
     if dtype in (torch.bfloat16, torch.float16):
         if name == "kahan":
             return Kahan(dtype)
-        if name in ("bf16+8", "bf16+16"):
-            return Split(dtype, 8 if name == "bf16+8" else 16)
+        if name in ("auto", "bf16+8", "bf16+16"):
+            return Split(dtype, 16 if name == "bf16+16" else 8)
         if name == "stochastic":
             return Stochastic(dtype)
     return Plain(dtype)

@@ -115,7 +115,9 @@ class Engine:
         publish(self.engine.optimizer)
 
     @torch.no_grad()
-    def whole(self, tensors: Mapping[int, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def whole(
+        self, tensors: Mapping[int, Tensor], model: nn.Module, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
         """The model's state dict on the CPU, trained parameters read from `tensors`."""
         numbers: dict[str, Tensor] = {}
         for seen in self._visible:
@@ -137,7 +139,9 @@ class Engine:
         found = {}
         for name, value in _state_dict(module).items():
             trained = numbers.get(shared.get(name, name))
-            found[canonical_name(name)] = value if trained is None else trained.to(value.dtype)
+            found[canonical_name(name)] = (
+                value if trained is None else trained.to(dtype or value.dtype)
+            )
         return found
 
     def extras(self) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Random numbers for one piece: the same for the same number of a parameter, wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from torch import Tensor
+
+from amsf_dist.kernels.holding import Holding
+from amsf_dist.rules.protocol import Scalar
+from amsf_dist.shards import Piece
+from amsf_dist.shards.runs import Section
+from amsf_dist.storage.noise import bits, stream_of
+
+__all__ = ["Draws"]
+
+
+class Draws:
+    """Draws of one step: keyed on (seed, step, parameter, what is rounded, place in the line)."""
+
+    def __init__(self, holding: Holding, piece: Piece, step: Scalar) -> None:
+        """Draw nothing yet; most storages never ask.
+
+        Args:
+            holding: names the seed and the device.
+            piece: of it.
+            step: the parameter's count of steps.
+        """
+        self._seed: int = holding.group["seed"]
+        self._device = holding.exp_avg_sq.device
+        self._piece, self._step = piece, step if isinstance(step, Tensor) else int(step)
+
+    def of(self, role: str, tile: Section) -> Callable[[], Tensor]:
+        """What draws [tile numel] int32 random bits.
+
+        Args:
+            role: "weight", or the name of the line that is rounded.
+            tile: of the piece's flat line.
+        """
+
+        def draw() -> Tensor:
+            places = self._piece.places(tile.start, tile.stop, self._device)
+            return bits(places, self._seed, self._step, _stream(self._piece.part.name, role))
+
+        return draw
+
+
+_stream = cache(stream_of)
