@@ -192,7 +192,14 @@ def _unit(seats: Sequence[Seat], state: _State, flats: Flats) -> Unit:
 
 def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
     return tuple(
-        (id(param), param.shape, param.device, param.requires_grad, id(state.get(param)))
+        (
+            id(param),
+            param.shape,
+            param.dtype,
+            param.device,
+            param.requires_grad,
+            id(state.get(param)),
+        )
         for param in params
     )
 
@@ -211,6 +218,8 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
             if not entries[key].is_meta:
                 copy_into(fresh, entries[key])
             entries[key] = fresh
+    for key, fresh in weights.beside(WEIGHT, param).items():
+        entries.setdefault(key, fresh)  # the model was cast after its state was made
     return Holding(
         param=param,
         name=seat.name,

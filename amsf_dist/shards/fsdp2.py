@@ -129,7 +129,9 @@ def on_paper(
         vector_lengths,
     )
     num_blocks = math.prod(vector_lengths)
-    return Layout((Piece(part, runs, 0, num_blocks, cut_blocks=num_blocks if cut else 0),))
+    span = Span(0, line, (0,) * len(line), tuple(lengths))
+    cut_blocks = num_blocks if cut else 0
+    return Layout((Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,)),))
 
 
 def _axis(mesh: DeviceMesh, dim: int, placements: Sequence[Placement]) -> Axis:

@@ -132,10 +132,6 @@ def test_explain_refuses_what_the_optimizer_refuses(
 @pytest.mark.parametrize(
     ("argument", "value", "use"),
     [
-        ("weight_storage", "kahan", "'native'"),
-        ("weight_storage", "bf16+8", "'native'"),
-        ("weight_storage", "bf16+16", "'native'"),
-        ("weight_storage", "stochastic", "'native'"),
         ("state_storage", "int8", "'bf16'"),
         ("lr_adaptation", "grad_norm", "None"),
         ("blocks", "factored", "'auto'"),

@@ -174,6 +174,7 @@ def test_low_precision_weights_are_fp32_arithmetic_rounded_once(
     low = nn.Parameter(numbers((6, 8), 0, dtype))
     wide = nn.Parameter(low.detach().float())
     options = {"lr": 0.1, "blocks": blocks, "averaging": averaging, "weight_decay": 0.1}
+    options["weight_storage"] = "native"
     ours, theirs = (AMSF([("up_proj.weight", p)], **options) for p in (low, wide))
     for step in range(6):
         low.grad = numbers((6, 8), step, dtype)

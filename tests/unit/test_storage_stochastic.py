@@ -11,6 +11,7 @@ from torch import Tensor
 from amsf_dist.storage import state_storage, weight_storage
 from amsf_dist.storage.noise import bits
 from amsf_dist.storage.plain import Plain
+from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic, round_at_random
 from amsf_dist.storage.wide import LOW_BITS
 
@@ -147,7 +148,8 @@ def test_plain_asks_for_no_draw() -> None:
 def test_names() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert weight_storage("stochastic", dtype) == Stochastic(dtype)
-        assert weight_storage("native", dtype) == weight_storage("auto", dtype) == Plain(dtype)
+        assert weight_storage("native", dtype) == Plain(dtype)
+        assert weight_storage("auto", dtype) == weight_storage("bf16+8", dtype) == Split(dtype, 8)
     for name in ("auto", "native", "kahan", "bf16+8", "bf16+16", "stochastic"):
         for dtype in (torch.float32, torch.float64):
             assert weight_storage(name, dtype) == Plain(dtype)
