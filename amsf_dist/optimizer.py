@@ -275,6 +275,7 @@ class AMSF(TwoModes):
         over the elements, as FSDP's own state-dict functions need them.
         """
         self._watch.forget_gathered()
+        self._ready()  # accelerate may have put sharded parameters into the groups
         with self._owner.shown() if self._owner is not None else nullcontext():
             state_dict = loading.completed(
                 super().state_dict(),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amsf_dist.doctor import report
+from amsf_dist.doctor.measures import counters_of, distance_from, place_between
 from amsf_dist.doctor.model import TinyModel, batches
-from amsf_dist.doctor.reference import Compute, Reference, gradients
+from amsf_dist.doctor.reference import Reference, gradients
 from amsf_dist.doctor.report import FAILED, NOT_APPLICABLE, OK, Finding
 from amsf_dist.doctor.setup import Setup
 from amsf_dist.doctor.wrap import wrap
@@ -25,7 +24,6 @@ __all__ = ["Examination"]
 
 STEPS = 3
 _MOST_TRIES = 60  # a loss scale of fp16 that starts too high skips that many steps at most
-_OPTIMIZERS_COUNTERS = ("step", "k", "lr_max", "weight_sum")
 
 
 class Examination:
@@ -139,7 +137,7 @@ class Examination:
         for name, value in self._frozen.items():
             if name in weights and not torch.equal(weights[name], value.to(weights[name].dtype)):
                 return Finding(report.UPDATE, FAILED, f"{name} is frozen, and has moved")
-        found = _distance(weights, self._reference.y, self._reference, compute)
+        found = distance_from(weights, self._reference.y, self._reference, compute)
         self._right = found.is_rounding
         text = f"off by {found.error:.1e} of the way that {found.name} went; "
         text += f"rounding is at most {found.allowed:.0e}"
@@ -153,7 +151,7 @@ class Examination:
             "lr_max": reference.lr_max,
             "weight_sum": reference.weight_sum,
         }
-        found = _counters_of(self._patient.optimizer)
+        found = counters_of(self._patient.optimizer)
         if not found:
             return Finding(report.COUNTERS, NOT_APPLICABLE, "the optimizer keeps none")
         worst, words = 0.0, []
@@ -176,8 +174,8 @@ class Examination:
         wrapped.train()
         back = wrapped.weights()
         compute = wrapped.compute
-        place = _place(at_y, at_x, reference)
-        found = _distance(at_x, reference.x, reference, compute)
+        place = place_between(at_y, at_x, reference)
+        found = distance_from(at_x, reference.x, reference, compute)
         changed = sum(int((at_y[name] != back[name]).sum()) for name in at_y)
         text = f"{place:.3f} of the way from y to x"
         near = 1e-2 if compute.is_exact else 0.1
@@ -234,72 +232,3 @@ def _place_of(error: Exception) -> str:
     """Where an error was raised: file and line."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"({'/'.join(Path(last.filename).parts[-3:])}:{last.lineno})"
-
-
-@dataclass(frozen=True)
-class _Distance:
-    """How far a tensor is from where it should be, as a part of the way that it has gone."""
-
-    error: float
-    allowed: float
-    name: str
-
-    @property
-    def is_rounding(self) -> bool:
-        return self.error <= self.allowed
-
-
-def _tolerance(compute: Compute, block_numel: int, state_storage: str) -> float:
-    """The distance that rounding explains.
-
-    fp32: 4e-6 is seen. Half precision: gradients are added up over ranks and micro-batches in that
-    precision. A block of many numbers hardly feels it: 2 epsilon are seen. Where the sum nearly
-    cancels, the relative error of an element is a multiple of epsilon, which an update that is
-    normalized by elements feels in full: 13 epsilon are seen. Sums over blocks that are not
-    reduced make 14 and more, and only in blocks of many numbers. State in 16 bits or fewer: the
-    gap, of which a part enters every update, is rounded once per step; bf16 makes 2e-4.
-    """
-    state = 0.0 if state_storage in ("auto", "fp32") else 2 * torch.finfo(torch.bfloat16).eps
-    if compute.dtype is None:
-        return 1e-4 + state
-    return state + (4 if block_numel > 1 else 32) * torch.finfo(compute.dtype).eps
-
-
-def _distance(
-    weights: Mapping[str, Tensor],
-    goal: Mapping[str, Tensor],
-    reference: Reference,
-    compute: Compute,
-) -> _Distance:
-    """Of the tensor that is the farthest off; what casting to half precision explains left out."""
-    half = torch.finfo(compute.dtype).eps / 2 if compute.cast and compute.dtype else 0.0
-    found = _Distance(0.0, 1.0, "")
-    for name, there in goal.items():
-        aim, begin = there.cpu(), reference.start[name].cpu()
-        beyond = (weights[name].double() - aim).abs() - half * aim.abs()
-        error = float(beyond.clamp(min=0.0).norm() / (aim - begin).norm())
-        storage = reference.options["state_storage"]
-        allowed = _tolerance(compute, reference.block_numel[name], storage)
-        here = _Distance(error if error == error else math.inf, allowed, name)
-        found = max(found, here, key=lambda distance: distance.error / distance.allowed)
-    return found
-
-
-def _place(at_y: Mapping[str, Tensor], at_x: Mapping[str, Tensor], reference: Reference) -> float:
-    """How far the weights have gone from y to x: 0 at y, 1 at x; rounding averages out."""
-    gone = whole = 0.0
-    for name, y in reference.y.items():
-        way = (reference.x[name] - y).cpu()
-        gone += float(((at_x[name].double() - at_y[name].double()) * way).sum())
-        whole += float(way.square().sum())
-    return gone / whole
-
-
-def _counters_of(optimizer: torch.optim.Optimizer) -> dict[str, set[float]]:
-    """Counter -> all values that an optimizer has of it, in its state and in its groups."""
-    found: dict[str, set[float]] = {}
-    for entries in (*optimizer.state.values(), *optimizer.param_groups):
-        for key in _OPTIMIZERS_COUNTERS:
-            if isinstance(value := entries.get(key), Tensor | int | float):
-                found.setdefault(key, set()).add(round(float(value), 12))
-    return found

@@ -110,7 +110,8 @@ def _listen(
     told: list[Finding] = []
     began, check = time.monotonic(), ""
     while True:
-        dead = [rank for rank, process in enumerate(processes) if process.exitcode is not None]
+        ended = all(process.exitcode is not None for process in processes)
+        dead = [rank for rank, process in enumerate(processes) if process.exitcode]
         for line in _lines(folder / "findings")[len(told) :]:
             finding = Finding(**json.loads(line))
             told.append(replace(finding, notes=tuple(finding.notes)))
@@ -123,7 +124,8 @@ def _listen(
             began, check = time.monotonic(), now
         # the group's own timeout comes first, twice: in the check, and in agreeing on it
         allowed = 3.0 * timeout if now else _STARTING_SECONDS
-        if dead:
+        if dead or ended:
+            dead = dead or [0]
             rank = min(dead, key=lambda rank: processes[rank].exitcode or 0)
             trouble = f"process {rank} {_end_of(processes[rank])}"
             for process in processes:  # the others miss it, and say so
@@ -195,7 +197,8 @@ def _work(
         device = _device(device_type, rank, nproc)
         for name in ("torch._dynamo", *setup.libraries):  # the first optimizer imports the former
             importlib.import_module(name)
-        store = dist.FileStore(str(folder / "rendezvous"), nproc)
+        path = str(folder / "rendezvous")
+        store = dist.FileStore(path, nproc)  # type: ignore[attr-defined]
         store.set(f"ready{rank}", "yes")
         everyone = [f"ready{other}" for other in range(nproc)]
         store.wait(everyone, timedelta(seconds=_STARTING_SECONDS))
@@ -233,6 +236,7 @@ def _work(
 def _device(device_type: str, rank: int, nproc: int) -> torch.device:
     if device_type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no library shall choose another device
+        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
         return torch.device("cpu")
     # a resumed step is compared bit for bit
