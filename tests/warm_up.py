@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ranks  # noqa: F401  (sets where it is compiled)
 
-from amsf_dist.train.zero_start import build_cpu_collective
+from amsf_dist.train.zero.start import build_cpu_collective
 
 if __name__ == "__main__":
     build_cpu_collective()

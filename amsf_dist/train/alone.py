@@ -15,7 +15,7 @@ from amsf_dist.train.model import build_model
 from amsf_dist.train.optimizers import build_optimizer
 from amsf_dist.train.parallel import World
 from amsf_dist.train.torch_trainer import TorchTrainer
-from amsf_dist.train.zero_files import adamw_weights, holds_zero
+from amsf_dist.train.zero.files import adamw_weights, holds_zero
 
 __all__ = ["read_alone", "weights_alone"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from amsf_dist.train import zero_memory
 from amsf_dist.train.config import Config
 from amsf_dist.train.optimizers import FP32, adamw_fp32, memory_by_owner
 from amsf_dist.train.preflight import shapes_only
 from amsf_dist.train.report import human_bytes
+from amsf_dist.train.zero import memory as zero_memory
 
 __all__ = ["largest_share", "memory_table", "predict"]
 

@@ -99,6 +99,8 @@ def build_model(
     except Exception as error:
         where = "model.config" if config.model.path is None else f"model.path: {config.model.path}"
         raise UserError(f"{where}: transformers refuses it: {one_line(error, 300)}") from error
+    if hollow is not None:
+        model.tie_weights()  # left out with the drawing
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

@@ -18,8 +18,8 @@ from amsf_dist.train.parallel import choose_device
 from amsf_dist.train.text import check_source
 from amsf_dist.train.tokens import check_enough_text, load_tokenizer
 from amsf_dist.train.trackers import check_trackers
-from amsf_dist.train.zero_config import deepspeed_config
-from amsf_dist.train.zero_files import require_deepspeed
+from amsf_dist.train.zero.config import deepspeed_config
+from amsf_dist.train.zero.files import require_deepspeed
 
 __all__ = ["local_processes", "preflight", "quiet_libraries", "shapes_only"]
 

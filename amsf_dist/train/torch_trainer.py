@@ -30,7 +30,7 @@ from amsf_dist.train.optimizers import (
     memory_by_owner,
 )
 from amsf_dist.train.parallel import World, arithmetic, build_parallel_model, gradient_sync
-from amsf_dist.train.zero_files import holds_zero, read_whole
+from amsf_dist.train.zero.files import holds_zero, read_whole
 
 __all__ = ["TorchTrainer", "build_torch_trainer"]
 

@@ -73,7 +73,7 @@ def prepare_trainers(config: Config, world: World) -> None:
         UserError: if DeepSpeed does not work here, or refuses its file.
     """
     if config.parallel == "deepspeed":
-        from amsf_dist.train.zero_start import start_deepspeed
+        from amsf_dist.train.zero.start import start_deepspeed
 
         start_deepspeed(config, world)
 
@@ -90,7 +90,7 @@ def build_trainer(config: Config, found: PretrainedConfig, world: World) -> Trai
         UserError: if the model, the optimizer or DeepSpeed refuses the config.
     """
     if config.parallel == "deepspeed":
-        from amsf_dist.train.zero import build_zero_trainer
+        from amsf_dist.train.zero.build import build_zero_trainer
 
         return build_zero_trainer(config, found, world)
     return build_torch_trainer(config, found, world)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import metrics, run, tree, write_config
+from jobs import SMALL, metrics, run, tree, write_config
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.xdist_group("train zero")  # they share the runs below
@@ -19,13 +19,17 @@ LOSS = {"rel": 2e-6, "abs": 0}
 ZERO: dict[str, Any] = {"stage3_param_persistence_threshold": 100}
 
 
+# With tied weights: one parameter under two names.
+MODEL = {"config": {**SMALL["model"]["config"], "tie_word_embeddings": True}}
+
+
 def write_zero(directory: Path, stage: int, **changes: Any) -> Path:
     """Write a job's config and the DeepSpeed file that it names."""
     zero = {"zero_optimization": {"stage": stage, **ZERO}}
     (directory / "zero.json").write_text(json.dumps(zero))
     file = str(directory / "zero.json")
     changes = {"nproc": 2, "parallel": "deepspeed", "deepspeed": file, **changes}
-    return write_config(directory, **changes)
+    return write_config(directory, model=MODEL, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def single(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on one process under torch, taken up where DeepSpeed had done three steps."""
-    config = write_config(tmp_path_factory.mktemp("single"), save_every=4, compare=["adamw"])
+    directory = tmp_path_factory.mktemp("single")
+    config = write_config(directory, model=MODEL, save_every=4, compare=["adamw"])
     return continued(whole, 3, config)
 
 

@@ -20,9 +20,9 @@ from amsf_dist.train.config import Config
 from amsf_dist.train.config_file import load_config
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.memory import predict
-from amsf_dist.train.zero_config import deepspeed_config
-from amsf_dist.train.zero_files import require_deepspeed
-from amsf_dist.train.zero_start import wait_for_lock
+from amsf_dist.train.zero.config import deepspeed_config
+from amsf_dist.train.zero.files import require_deepspeed
+from amsf_dist.train.zero.start import wait_for_lock
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted((CONFIGS / "deepspeed").glob("*.json"))

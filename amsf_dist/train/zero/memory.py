@@ -12,7 +12,7 @@ from torch import Tensor
 from amsf_dist.optimizer import AMSF
 from amsf_dist.train.config import Config
 from amsf_dist.train.optimizers import FP32
-from amsf_dist.train.zero_config import read_deepspeed_file, stage_of
+from amsf_dist.train.zero.config import read_deepspeed_file, stage_of
 
 __all__ = ["Held", "held", "predicted", "with_adamw", "with_state"]
 

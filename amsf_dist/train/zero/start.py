@@ -17,7 +17,7 @@ from typing import Any
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.parallel import World
-from amsf_dist.train.zero_config import deepspeed_config
+from amsf_dist.train.zero.config import deepspeed_config
 
 __all__ = ["build_cpu_collective", "quietly", "refused", "start_deepspeed", "wait_for_lock"]
 
