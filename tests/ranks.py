@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -20,10 +22,12 @@ import torch.distributed as dist
 TIMEOUT_SECONDS = 120
 
 # DeepSpeed compiles a CPU collective when it is first used, and a killed process leaves a lock
-# behind that hangs all later ones: so not in the user's own folder of extensions.
+# behind that hangs all later ones: so not in the user's own folder of extensions, and one for
+# every environment, which would otherwise compile what another has.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+_place = zlib.crc32(f"{os.getuid()} {sys.prefix} {torch.__version__}".encode())
 os.environ.setdefault(
-    "TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"amsf-extensions-{os.getuid()}")
+    "TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"amsf-extensions-{_place:08x}")
 )
 
 _context = multiprocessing.get_context("forkserver")
