@@ -73,6 +73,8 @@ def import_state_dict(
         for counter in holding.rule.counters:
             state[counter].fill_(getattr(_counts(holding, saved, holdings), counter))
         state.pop(STASH, None)
+        for error in holding.errors:  # the model's file holds all that there is of the weights
+            error.zero_()
     for unit in current.units:
         unit.sums.agree()  # on the means of blocks cut by a shard boundary
     for holding in holdings:
