@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels.grouping import num_groups
 from amsf_dist.kernels.holding import WEIGHT
 from amsf_dist.rules import Rule
 from amsf_dist.shards import Layout
 from amsf_dist.storage import Storage
+from amsf_dist.storage.grouped import SCALE_DTYPE
 
 __all__ = ["MOMENT", "STASH", "WEIGHT", "Counters", "create", "number"]
 
@@ -67,9 +69,14 @@ def create(
         weights: storage of the weights; what it keeps beside the parameter is state.
     """
     state: dict[str, Any] = dict(weights.beside(WEIGHT, param))
+    memory = layout.local(param.detach())
     for line in rule.lines:
         state.update(storage.allocate(line, param))
-    memory = layout.local(param.detach())
+        if storage.group:
+            scales = sum(num_groups(piece) for piece in layout.pieces)
+            state[storage.keys(line)[1]] = torch.zeros(
+                scales, dtype=SCALE_DTYPE, device=memory.device
+            )
     dtype = torch.promote_types(param.dtype, torch.float32)
     moments = torch.zeros(layout.num_blocks, dtype=dtype, device=memory.device)
     state[MOMENT] = layout.as_state(moments)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.tiles import flat_line, tiles
+from amsf_dist.kernels.lines import flat_line
+from amsf_dist.kernels.tiles import tiles
 
 __all__ = ["add_scaled_squares", "largest_square"]
 

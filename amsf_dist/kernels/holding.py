@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels.grouping import Grouping
+from amsf_dist.kernels.tiles import Tile, tiles
 from amsf_dist.rules import Rule
-from amsf_dist.shards import Layout
+from amsf_dist.shards import Layout, Piece
 from amsf_dist.storage import Storage
 
 __all__ = ["WEIGHT", "Holding", "Line"]
@@ -25,6 +27,16 @@ class Line:
 
     storage: Storage
     tensors: tuple[Tensor, ...]
+
+    @property
+    def by_number(self) -> tuple[Tensor, ...]:
+        """Those that are laid out as the parameter."""
+        return self.tensors[:1] if self.storage.group else self.tensors
+
+    @property
+    def by_group(self) -> tuple[Tensor, ...]:
+        """Those with an entry per group."""
+        return self.tensors[1:] if self.storage.group else ()
 
 
 @dataclass
@@ -42,7 +54,9 @@ class Holding:
         exp_avg_sq: [num_blocks] second moments of the blocks here, a view of the state.
         group: its parameter group, live.
         index: its place in the group's counters.
+        grouping: where its lines lie in groups; None where no storage of theirs has any.
         sums: [layout.num_sums] view of the step's block sums.
+        peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
     """
 
     param: Tensor
@@ -55,12 +69,23 @@ class Holding:
     exp_avg_sq: Tensor
     group: Mapping[str, Any]
     index: int
+    grouping: Grouping | None = None
     sums: Tensor = field(init=False)
+    peaks: Tensor = field(init=False)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """fp32; fp64 for fp64 parameters."""
         return torch.promote_types(self.param.dtype, torch.float32)
+
+    @property
+    def tiled(self) -> Iterator[tuple[Piece, Iterable[Tile]]]:
+        """Every piece, and the tiles in which kernels walk over its lines."""
+        for number, piece in enumerate(self.layout.pieces):
+            if self.grouping is None:
+                yield piece, tiles(piece, self.exp_avg_sq.device)
+            else:
+                yield piece, self.grouping.tiles[number]
 
     @property
     def gradient(self) -> Tensor:

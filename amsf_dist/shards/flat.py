@@ -10,6 +10,7 @@ from torch import Tensor
 
 from amsf_dist.shards.layout import Axis, Box, Cut, Layout, Part, Piece, Span
 from amsf_dist.shards.runs import Run, box_runs, interval_boxes
+from amsf_dist.shards.seams import seam_everywhere, seam_of_boundaries
 from amsf_dist.shards.vector import line_shape
 
 __all__ = ["FlatSlice", "flat_layout"]
@@ -87,7 +88,16 @@ def _in_order(
     num_blocks = runs[0].num_blocks if runs else 0
     numel = math.prod(part.shape)
     span = Span(here.offset, (numel,), (here.start,), (here.stop - here.start,))
-    piece = Piece(part, moved, first_block, num_blocks, first_sum, len(cut), spans=(span,))
+    piece = Piece(
+        part,
+        moved,
+        first_block,
+        num_blocks,
+        first_sum,
+        len(cut),
+        spans=(span,),
+        seam=seam_of_boundaries(here.boundaries, numel, here.axis),
+    )
     return piece, first, cut
 
 
@@ -123,6 +133,7 @@ def _transposed(
         len(cut),
         tuple(boxes),
         tuple(spans),
+        seam_everywhere((here.axis,) if here.boundaries else (), math.prod(part.shape)),
     )
     return piece, 0, cut
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece, Span
 from amsf_dist.shards.runs import box_runs, local_blocks
+from amsf_dist.shards.seams import seam_everywhere, seaming_dims
 from amsf_dist.shards.vector import line_shape, vector_shape
 
 __all__ = ["copy_into", "cut_mesh_dims", "fsdp2", "on_paper", "whole"]
@@ -73,6 +74,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
         for dim, placement in enumerate(placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     }
+    seaming = seaming_dims(line, _splits(mesh.shape, placements))
     num_blocks = math.prod(vector_lengths)
     every = range(num_blocks)
     return Layout(
@@ -84,6 +86,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
                 num_blocks,
                 cut_blocks=num_blocks if cut else 0,
                 spans=(Span(0, line, tuple(offsets), tuple(lengths)),),
+                seam=seam_everywhere([axes[dim] for dim in seaming], math.prod(line)),
             ),
         ),
         cuts=tuple(Cut(axes[dim], num_blocks, every, every) for dim in cut),
@@ -270,6 +273,17 @@ def _in_split_order(placements: Sequence[Placement]) -> list[int]:
     """
     strided = [dim for dim, p in enumerate(placements) if isinstance(p, _StridedShard)]
     return [dim for dim in range(len(placements)) if dim not in strided] + strided[::-1]
+
+
+def _splits(
+    mesh_shape: Sequence[int], placements: Sequence[Placement]
+) -> list[tuple[int, int, int]]:
+    """(mesh dim, tensor dim, ranks) of what cuts, in the order in which it does."""
+    return [
+        (mesh_dim, placement.dim, mesh_shape[mesh_dim])
+        for mesh_dim in _in_split_order(placements)
+        if isinstance(placement := placements[mesh_dim], _SHARDS) and mesh_shape[mesh_dim] > 1
+    ]
 
 
 def _local(tensor: Tensor) -> Tensor:

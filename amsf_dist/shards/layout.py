@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.runs import Run
 
-__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "Span", "itself"]
+__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "Seam", "Span", "itself"]
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -112,6 +112,21 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Seam:
+    """A part's share in the payload of peaks, where ranks share groups of its line (seams.py).
+
+    Attributes:
+        axes: over which the largest number of a group is sought, one after another.
+        num_slots: numbers in the payload, the same on every rank.
+        slots: group of the part -> its slot; None: every group has one, in order.
+    """
+
+    axes: tuple[Axis, ...]
+    num_slots: int
+    slots: Mapping[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Piece:
     """What lies here of one part.
 
@@ -127,6 +142,7 @@ class Piece:
         cut_blocks: how many blocks of the whole parameter are shared by ranks.
         boxes: where it lies, if in a flat tensor and in another order than its line.
         spans: which numbers of the parameter's line they are.
+        seam: where ranks share groups of its line; None where no group is cut.
     """
 
     part: Part
@@ -137,6 +153,7 @@ class Piece:
     cut_blocks: int = 0
     boxes: tuple[Box, ...] = ()
     spans: tuple[Span, ...] = ()
+    seam: Seam | None = field(default=None, compare=False)
 
     @property
     def num_sums(self) -> int:

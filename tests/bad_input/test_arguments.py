@@ -132,7 +132,6 @@ def test_explain_refuses_what_the_optimizer_refuses(
 @pytest.mark.parametrize(
     ("argument", "value", "use"),
     [
-        ("state_storage", "int8", "'bf16'"),
         ("lr_adaptation", "grad_norm", "None"),
         ("blocks", "factored", "'auto'"),
     ],
