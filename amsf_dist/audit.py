@@ -157,7 +157,8 @@ def memory(
         owners["error_bits"] += sum(map(_bytes, holding.errors))
         for name, line in zip(holding.rule.lines, holding.lines, strict=True):
             owners[name] = owners.get(name, 0) + sum(map(_bytes, line.tensors))
-        owners["v"] = owners.get("v", 0) + _bytes(holding.exp_avg_sq)
+        moments = sum(_bytes(partition.moments) for partition in holding.partitions)
+        owners["v"] = owners.get("v", 0) + moments
         if STASH in state[holding.param]:
             stash = holding.memory(state[holding.param][STASH])
             owners["y"] = owners.get("y", 0) + _bytes(stash)
@@ -168,14 +169,15 @@ def memory(
 def _rows(layout: Layout, param: Tensor, bytes_per_element: float) -> Iterator[Row]:
     moment_bytes = torch.promote_types(param.dtype, torch.float32).itemsize
     for piece in layout.pieces:
-        part = piece.part
+        part, all_ways = piece.part, (piece, *piece.others)
+        here = sum(cut.num_blocks for cut in all_ways)
         yield Row(
             name=part.name,
             shape=part.shape,
             kind=part.blocks.kind,
-            blocks=part.num_blocks,
-            cut_blocks=piece.cut_blocks,
-            state_bytes=round(piece.numel * bytes_per_element) + piece.num_blocks * moment_bytes,
+            blocks=sum(cut.part.num_blocks for cut in all_ways),
+            cut_blocks=sum(cut.cut_blocks for cut in all_ways),
+            state_bytes=round(piece.numel * bytes_per_element) + here * moment_bytes,
             note=part.blocks.note,
         )
 

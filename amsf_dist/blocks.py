@@ -30,12 +30,14 @@ class Blocks:
         block_numel: elements per block; divides numel (1 where numel is 0).
         order: permutation of the dims whose row-major order is the line; None = as stored.
         note: why, when the parameter was not recognised or fell back; shown by `explain`.
+        others: further ways in which the same numbers are cut at the same time.
     """
 
     kind: str
     block_numel: int
     order: tuple[int, ...] | None = None
     note: str = ""
+    others: tuple[Blocks, ...] = ()
 
     def num_blocks(self, shape: Sequence[int]) -> int:
         """Blocks of a parameter of this (global) shape."""

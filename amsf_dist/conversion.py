@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from amsf_dist.blocks import canonical_name
+from amsf_dist.blocks import Blocks, canonical_name
 from amsf_dist.optimizer import AMSF
 from amsf_dist.shards import Part, line_shape, vector_shape
-from amsf_dist.state import MOMENT
+from amsf_dist.state import MOMENTS
 
 __all__ = ["convert_state_dict"]
 
@@ -59,23 +59,29 @@ def _names(state_dict: Mapping[str, Any]) -> dict[Any, str]:
 
 
 def _converted(name: str, part: Part, entries: Mapping[str, Any], flat: bool) -> dict[str, Any]:
-    if MOMENT not in entries:
-        return dict(entries)
-    moment: Tensor = entries[MOMENT]
-    vector, shape = vector_shape(part.shape, part.blocks), tuple(moment.shape)
-    if shape not in (vector, part.shape):
+    converted = dict(entries)
+    for key, blocks in zip(MOMENTS, (part.blocks, *part.blocks.others), strict=False):
+        if key in entries:
+            converted[key] = _moment(f"{name}: {key!r}", part.shape, blocks, entries[key], flat)
+    return converted
+
+
+def _moment(
+    which: str, shape: tuple[int, ...], blocks: Blocks, moment: Tensor, flat: bool
+) -> Tensor:
+    vector, saved = vector_shape(shape, blocks), tuple(moment.shape)
+    if saved not in (vector, shape):
         raise ValueError(
-            f"{name}: {MOMENT!r} was saved with shape {shape}, neither {vector} (per block) nor "
-            f"{part.shape} (per element); build the optimizer with the blocks= of then"
+            f"{which} was saved with shape {saved}, neither {vector} (per block) nor {shape} (per "
+            "element); build the optimizer with the blocks= of then"
         )
-    line, order = line_shape(part.shape, part.blocks), part.blocks.order
-    if flat and shape == vector:
-        moment = moment.reshape(-1, 1).expand(part.num_blocks, part.blocks.block_numel)
-        moment = moment.reshape(line)
+    line, order = line_shape(shape, blocks), blocks.order
+    if flat and saved == vector:
+        moment = moment.reshape(-1, 1).expand(-1, blocks.block_numel).reshape(line)
         if order is not None:
             moment = moment.permute([order.index(dim) for dim in range(len(order))])
-    elif not flat and shape != vector:
+    elif not flat and saved != vector:
         moment = moment if order is None else moment.permute(order)
-        moment = moment.reshape(part.num_blocks, -1)[:, 0].reshape(vector)
+        moment = moment.reshape(blocks.num_blocks(shape), -1)[:, 0].reshape(vector)
     # a broadcast reads memory as it lies, also where a view repeats or skips it
-    return {**entries, MOMENT: moment.contiguous()}
+    return moment.contiguous()

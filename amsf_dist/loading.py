@@ -14,9 +14,9 @@ from amsf_dist import kernels, stamp
 from amsf_dist.blocks import canonical_name
 from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
-from amsf_dist.kernels import Holding
+from amsf_dist.kernels import Holding, Partition
 from amsf_dist.shards import copy_into, whole
-from amsf_dist.state import MOMENT, STASH
+from amsf_dist.state import STASH
 
 __all__ = ["load"]
 
@@ -62,8 +62,12 @@ def completed(
     for index, param in enumerate(params):
         if id(param) in flat:
             # a slice is a line, but where FSDP1 does not shard, its parameters keep their shapes
-            moments = kernels.spread(flat[id(param)]).view(param.shape)
-            entries[index] = {**entries[index], MOMENT: moments}
+            holding = flat[id(param)]
+            moments = {
+                partition.key: kernels.spread(holding, partition).view(param.shape)
+                for partition in holding.partitions
+            }
+            entries[index] = {**entries[index], **moments}
     return {**state_dict, "state": entries, "param_groups": saved_groups}
 
 
@@ -184,6 +188,7 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
         ValueError: lines are missing, or have another shape.
     """
     name = holding.name or "a parameter"
+    moments = {partition.key: partition for partition in holding.partitions}
     for key, value in ours.items():
         if key == STASH or (key not in saved and key in holding.error_keys):
             continue  # weights saved without error bits are those weights
@@ -195,7 +200,7 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
         shape = tuple(saved[key].shape) if isinstance(saved[key], Tensor) else ()
         fitting = [tuple(value.shape)]
         cure = "load the state of the same model"
-        if key == MOMENT:
+        if key in moments:
             fitting = [tuple(holding.param.shape)] + (
                 [] if holding.layout.moments_by_element else fitting
             )
@@ -207,7 +212,7 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
             )
         if shape == tuple(value.shape) or holding.layout.moments_by_element:
             continue
-        by_block = _by_block(holding, saved[key])
+        by_block = _by_block(moments[key], saved[key])
         if not by_block.eq(by_block[:, :1]).all():
             raise ValueError(
                 f"{name}: {key!r} was saved per element and differs inside a block; take it over "
@@ -222,11 +227,12 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
     would come back rounded.
     """
     stash = saved.get(STASH)
+    moments = {partition.key: partition for partition in holding.partitions}
     for key, value in ours.items():
-        if key == MOMENT and holding.layout.moments_by_element:
-            kernels.gather_(holding, saved[key].to(value).reshape(-1))
-        elif key == MOMENT and tuple(saved[key].shape) != tuple(value.shape):
-            copy_into(value, _by_block(holding, saved[key])[:, 0].view(value.shape))
+        if key in moments and holding.layout.moments_by_element:
+            kernels.gather_(moments[key], saved[key].to(value).reshape(-1))
+        elif key in moments and tuple(saved[key].shape) != tuple(value.shape):
+            copy_into(value, _by_block(moments[key], saved[key])[:, 0].view(value.shape))
         elif key in holding.error_keys and key not in saved:
             value.zero_()
         elif key != STASH:
@@ -237,9 +243,9 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
         copy_into(ours[STASH], stash)
 
 
-def _by_block(holding: Holding, saved: Tensor) -> Tensor:
+def _by_block(partition: Partition, saved: Tensor) -> Tensor:
     """[num_blocks, block_numel] of a per-element tensor that FSDP1 saved."""
-    (piece,) = holding.layout.pieces
+    (piece,) = partition.layout.pieces
     line = whole(saved)
     if piece.part.blocks.order is not None:
         line = line.permute(piece.part.blocks.order)

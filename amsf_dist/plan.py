@@ -19,7 +19,7 @@ from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
 from amsf_dist.kernels import Holding
-from amsf_dist.kernels.holding import WEIGHT, Line
+from amsf_dist.kernels.holding import WEIGHT, Line, Partition
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
 from amsf_dist.rules.protocol import Coefficients, Scalar
@@ -212,7 +212,7 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     entries = state[param]
     if not entries:
         entries.update(states.create(param, layout, rule, storage, weights))
-    elif layout.local(entries[states.MOMENT]).device != layout.local(param.detach()).device:
+    elif layout.local(entries[states.MOMENTS[0]]).device != layout.local(param.detach()).device:
         # the model went to another device, or came from "meta", after its state was made
         for key, fresh in states.create(param, layout, rule, storage, weights).items():
             if not entries[key].is_meta:
@@ -223,7 +223,10 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     return Holding(
         param=param,
         name=seat.name,
-        layout=layout,
+        partitions=tuple(
+            Partition(key, cut, cut.local(entries[key]).view(-1))
+            for key, cut in zip(states.MOMENTS, (layout, *layout.others), strict=False)
+        ),
         rule=rule,
         weight_storage=weights,
         errors=tuple(layout.local(entries[key]) for key in weights.keys(WEIGHT)[1:]),
@@ -231,7 +234,6 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
             Line(storage, tuple(layout.local(entries[key]) for key in storage.keys(line)))
             for line in rule.lines
         ),
-        exp_avg_sq=layout.local(entries[states.MOMENT]).view(-1),
         group=group,
         index=0,
     )

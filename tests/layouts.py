@@ -216,7 +216,7 @@ def moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     if isinstance(model, FullyShardedDataParallel):
         flats, holdings = optimizer._flats, optimizer._ready().holdings
         spread = [
-            (flat, kernels.spread(holding).view(-1))
+            (flat, kernels.spread(holding, holding.partitions[0]).view(-1))
             for holding in holdings
             for flat in flats[holding.param]
         ]

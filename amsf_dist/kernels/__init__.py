@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
-from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.holding import Holding, Partition
 from amsf_dist.kernels.reference import assign_, average_, move_, sum_of_squares, unaverage_
 from amsf_dist.kernels.transfer import (
     add_means,
@@ -16,6 +16,7 @@ from amsf_dist.kernels.transfer import (
 
 __all__ = [
     "Holding",
+    "Partition",
     "add_means",
     "add_scaled_squares",
     "assign_",

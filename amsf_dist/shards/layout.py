@@ -127,6 +127,7 @@ class Piece:
         cut_blocks: how many blocks of the whole parameter are shared by ranks.
         boxes: where it lies, if in a flat tensor and in another order than its line.
         spans: which numbers of the parameter's line they are.
+        others: the same numbers as the part is cut otherwise, in the order of `blocks.others`.
     """
 
     part: Part
@@ -137,6 +138,7 @@ class Piece:
     cut_blocks: int = 0
     boxes: tuple[Box, ...] = ()
     spans: tuple[Span, ...] = ()
+    others: tuple[Piece, ...] = ()
 
     @property
     def num_sums(self) -> int:
@@ -186,6 +188,7 @@ class Layout:
             block vector depends on the sharding.
         moments_by_element: in a state dict the block vector is spread over the elements, for
             loaders that cut state where they cut the tensor.
+        others: the parts that are cut in further ways, by these; a layout for each.
     """
 
     pieces: tuple[Piece, ...]
@@ -196,6 +199,7 @@ class Layout:
     first: int | None = None
     flat: bool = False
     moments_by_element: bool = False
+    others: tuple[Layout, ...] = ()
 
     @property
     def num_blocks(self) -> int:
