@@ -236,7 +236,7 @@ def _as_adamw(holding: Holding, step: float, full: bool) -> dict[str, Tensor]:
         exp_avg = kernels.read_line(holding, 0)
     else:
         exp_avg = torch.zeros_like(holding.memory(holding.param), dtype=holding.compute_dtype)
-    moments = {"exp_avg": exp_avg, "exp_avg_sq": kernels.spread(holding, holding.partitions[0])}
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": kernels.second_moments(holding)}
     entries = {"step": torch.tensor(step, dtype=torch.float32)}
     for key, values in moments.items():
         out = torch.empty_like(holding.param, dtype=values.dtype, requires_grad=False)

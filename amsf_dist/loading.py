@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding, Partition
 from amsf_dist.shards import copy_into, whole
-from amsf_dist.state import STASH
+from amsf_dist.state import MOMENT, MOMENTS, STASH
 
-__all__ = ["load"]
+__all__ = ["completed", "load", "moment_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +59,21 @@ def completed(
     ]
     entries = dict(state_dict["state"])
     flat = {id(holding.param): holding for holding in holdings if holding.layout.moments_by_element}
+    keys = moment_keys(list(flat.values()))
     params = [param for group in groups for param in group["params"]]
     for index, param in enumerate(params):
         if id(param) in flat:
             # a slice is a line, but where FSDP1 does not shard, its parameters keep their shapes
             holding = flat[id(param)]
-            moments = {
-                partition.key: kernels.spread(holding, partition).view(param.shape)
-                for partition in holding.partitions
-            }
-            entries[index] = {**entries[index], **moments}
+            entries[index] = dict(entries[index])
+            for key, partition in zip_longest(keys, holding.partitions):
+                entries[index][key] = kernels.spread(holding, partition).view(param.shape)
     return {**state_dict, "state": entries, "param_groups": saved_groups}
+
+
+def moment_keys(holdings: Sequence[Holding]) -> list[str]:
+    """Block moments that any of these have. FSDP1's functions want the same keys of all."""
+    return list(MOMENTS[: max((len(holding.partitions) for holding in holdings), default=0)])
 
 
 def load(
@@ -193,9 +198,10 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
         if key == STASH or (key not in saved and key in holding.error_keys):
             continue  # weights saved without error bits are those weights
         if key not in saved:
+            option = "blocks=" if key in moments and key != MOMENT else "averaging="
             raise ValueError(
                 f"{name}: the state dict has no {key!r} (it has {sorted(map(str, saved))}); it was "
-                "saved by another optimizer or with another averaging="
+                f"saved by another optimizer or with another {option}"
             )
         shape = tuple(saved[key].shape) if isinstance(saved[key], Tensor) else ()
         fitting = [tuple(value.shape)]

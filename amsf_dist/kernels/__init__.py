@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
+from amsf_dist.kernels.factored import second_moments
 from amsf_dist.kernels.holding import Holding, Partition
 from amsf_dist.kernels.reference import assign_, average_, move_, sum_of_squares, unaverage_
 from amsf_dist.kernels.transfer import (
@@ -25,6 +26,7 @@ __all__ = [
     "largest_square",
     "move_",
     "read_line",
+    "second_moments",
     "spread",
     "sum_of_squares",
     "take_means_",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels import factored
 from amsf_dist.kernels.draws import Draws
 from amsf_dist.kernels.holding import WEIGHT, Holding
 from amsf_dist.kernels.tiles import (
@@ -31,7 +32,7 @@ __all__ = ["assign_", "average_", "move_", "sum_of_squares", "unaverage_"]
 
 
 def sum_of_squares(holding: Holding) -> None:
-    """Add grad**2 of every block this rank sees to `holding.sums` (docs/algorithm.md (2)).
+    """Add grad**2 of every block this rank sees to its partition's sums (docs/algorithm.md (2)).
 
     Args:
         holding: has a gradient, of any floating dtype; squared and added in the compute dtype.
@@ -46,7 +47,10 @@ def sum_of_squares(holding: Holding) -> None:
             else:
                 first = tile.first_block - piece.first_block + piece.first_sum
                 sums = holding.sums[first : first + tile.num_blocks]
-                sums += part.view(tile.num_blocks, -1).square().sum(1)
+                squares = part.view(tile.num_blocks, -1).square()
+                sums += squares.sum(1)
+                if piece.others:
+                    factored.add_by_column(holding, piece, tile, squares)
 
 
 def move_(
@@ -151,12 +155,16 @@ class _Scaled(NamedTuple):
 
     scale: Tensor
     finite: Tensor | None  # as `scale`, or 0-dim, or None: everywhere
+    columns: Tensor | None = None  # a second factor, one per column
 
 
 def _scale_(
     holding: Holding, piece: Piece, c: Coefficients, finite: Tensor | None, by_block: bool
 ) -> _Scaled:
     """Update the second moments of the piece's blocks."""
+    if piece.others:
+        rows, columns, finite = factored.scales_(holding, piece, c, finite, by_block)
+        return _Scaled(rows, finite, columns)
     moments = holding.exp_avg_sq[piece.first_block : piece.first_block + piece.num_blocks]
     mean_sq = holding.sums[piece.first_sum : piece.first_sum + piece.num_sums]
     mean_sq = mean_sq / piece.part.blocks.block_numel
@@ -197,6 +205,8 @@ def _move_tile_(
         scale, finite = scaled.scale[here].view(-1, 1), scaled.finite
         if finite is not None and finite.dim():
             finite = finite[here].view(-1, 1)
+        if scaled.columns is not None:
+            scale = scale * factored.by_column(piece, tile, scaled.columns)
 
     y = holding.weight_storage.load(weight, span, dtype).view(shape)
     decays = holding.group["decay"] == "all" or len(piece.part.shape) >= 2

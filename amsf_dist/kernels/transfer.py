@@ -11,10 +11,17 @@ from amsf_dist.kernels.tiles import flat_line, flat_lines, put_all_back, put_bac
 __all__ = ["add_means", "gather_", "read_line", "spread", "take_means_", "write_line_"]
 
 
-def spread(holding: Holding, partition: Partition) -> Tensor:
-    """The block moments written out over the elements, laid out as this rank's memory."""
+def spread(holding: Holding, partition: Partition | None) -> Tensor:
+    """The block moments written out over the elements, laid out as this rank's memory.
+
+    Args:
+        holding: the tensor.
+        partition: one of its; None: zeros.
+    """
+    out = torch.zeros_like(holding.memory(holding.param), dtype=holding.exp_avg_sq.dtype)
+    if partition is None:
+        return out
     moments = partition.moments
-    out = torch.zeros_like(holding.memory(holding.param), dtype=moments.dtype)
     for piece in partition.layout.pieces:
         line = flat_line(out, piece)
         for section in sections(piece):

@@ -84,6 +84,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
                 num_blocks,
                 cut_blocks=num_blocks if cut else 0,
                 spans=(Span(0, line, tuple(offsets), tuple(lengths)),),
+                kept=Span(0, vector, vector_offsets, vector_lengths),
             ),
         ),
         cuts=tuple(Cut(axes[dim], num_blocks, every, every) for dim in cut),
@@ -212,6 +213,8 @@ def cut_mesh_dims(
         for mesh_dim, placement in enumerate(placements)
         if isinstance(placement, _SHARDS) and mesh_shape[mesh_dim] > 1
     ]
+    if blocks.kind == "mean":
+        return tuple(mesh_dim for mesh_dim, _ in sharding)
     if by_dims:
         return tuple(mesh_dim for mesh_dim, dim in sharding if dim >= len(vector))
 

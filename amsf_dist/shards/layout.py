@@ -110,6 +110,26 @@ class Span:
             left, stride = left.div(length, rounding_mode="floor"), stride * size
         return places + left * stride
 
+    def place(self, position: int) -> int:
+        """The place of one number, by its position in the flat line; see `places`."""
+        left, place, stride = position - self.position, 0, 1
+        for size, offset, length in zip(
+            self.shape[::-1], self.offsets[::-1], self.lengths[::-1], strict=True
+        ):
+            left, index = divmod(left, length)
+            place, stride = place + (index + offset) * stride, stride * size
+        return place
+
+    def position_of(self, place: int) -> int:
+        """The position of a number of the box, by its place in the parameter's line."""
+        position, stride = self.position, 1
+        for size, offset, length in zip(
+            self.shape[::-1], self.offsets[::-1], self.lengths[::-1], strict=True
+        ):
+            place, index = divmod(place, size)
+            position, stride = position + (index - offset) * stride, stride * length
+        return position
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -127,6 +147,8 @@ class Piece:
         cut_blocks: how many blocks of the whole parameter are shared by ranks.
         boxes: where it lies, if in a flat tensor and in another order than its line.
         spans: which numbers of the parameter's line they are.
+        kept: which of the part's blocks have their moments here: a box of its block vector, in the
+            tensor's block vector.
         others: the same numbers as the part is cut otherwise, in the order of `blocks.others`.
     """
 
@@ -138,6 +160,7 @@ class Piece:
     cut_blocks: int = 0
     boxes: tuple[Box, ...] = ()
     spans: tuple[Span, ...] = ()
+    kept: Span | None = None
     others: tuple[Piece, ...] = ()
 
     @property
@@ -152,8 +175,14 @@ class Piece:
 
     def places(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[stop - start] int64: places in the parameter's line; the numbers are of one span."""
-        span = next(span for span in reversed(self.spans) if span.position <= start)
-        return span.places(start, stop, device)
+        return self._span(start).places(start, stop, device)
+
+    def place(self, position: int) -> int:
+        """Place in the parameter's line of one number, by its position in the flat line."""
+        return self._span(position).place(position)
+
+    def _span(self, position: int) -> Span:
+        return next(span for span in reversed(self.spans) if span.position <= position)
 
 
 @dataclass(frozen=True)
