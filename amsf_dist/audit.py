@@ -161,7 +161,8 @@ def memory(
         owners["error_bits"] += sum(map(_bytes, holding.errors))
         for name, line in zip(holding.rule.lines, holding.lines, strict=True):
             owners[name] = owners.get(name, 0) + sum(map(_bytes, line.tensors))
-        owners["v"] = owners.get("v", 0) + _bytes(holding.exp_avg_sq)
+        moments = sum(_bytes(partition.moments) for partition in holding.partitions)
+        owners["v"] = owners.get("v", 0) + moments
         if STASH in state[holding.param]:
             stash = holding.memory(state[holding.param][STASH])
             owners["y"] = owners.get("y", 0) + _bytes(stash)
@@ -180,15 +181,16 @@ def _rows(layout: Layout, param: Tensor, per_number: int, grouped: int) -> Itera
     """
     moment_bytes = torch.promote_types(param.dtype, torch.float32).itemsize
     for piece in layout.pieces:
-        part = piece.part
+        part, all_ways = piece.part, (piece, *piece.others)
+        here = sum(cut.num_blocks for cut in all_ways)
         yield Row(
             name=part.name,
             shape=part.shape,
             kind=part.blocks.kind,
-            blocks=part.num_blocks,
-            cut_blocks=piece.cut_blocks,
+            blocks=sum(cut.part.num_blocks for cut in all_ways),
+            cut_blocks=sum(cut.cut_blocks for cut in all_ways),
             state_bytes=piece.numel * per_number
-            + piece.num_blocks * moment_bytes
+            + here * moment_bytes
             + (grouped and grouped * num_groups(piece) * SCALE_DTYPE.itemsize),
             note=part.blocks.note,
         )

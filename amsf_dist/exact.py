@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amsf_dist import kernels
 from amsf_dist.kernels import Holding
-from amsf_dist.reduce import BlockSums
+from amsf_dist.reduce import BlockSums, partitions_of
 
 __all__ = ["ExactBlockSums"]
 
@@ -43,10 +43,11 @@ class ExactBlockSums(BlockSums):
         self._integers = [torch.zeros_like(b, dtype=torch.int64) for b in self._buffers]
         self._bits = [torch.zeros_like(b, dtype=torch.int32) for b in self._buffers]
         self._places: dict[int, tuple[int, slice]] = {}
-        for holding, (number, start) in zip(holdings, self._starts, strict=True):
-            self._places[id(holding)] = number, slice(start, start + holding.layout.num_sums)
-            most = max((cut.axis.replicas for cut in holding.layout.cuts), default=1)
-            for piece in holding.layout.pieces:
+        for partition, (number, start) in zip(partitions_of(holdings), self._starts, strict=True):
+            layout = partition.layout
+            self._places[id(partition)] = number, slice(start, start + layout.num_sums)
+            most = max((cut.axis.replicas for cut in layout.cuts), default=1)
+            for piece in layout.pieces:
                 terms = (piece.part.blocks.block_numel - 1).bit_length()
                 first = start + piece.first_sum
                 bits = self._bits[number][first : first + piece.num_sums]
@@ -61,7 +62,8 @@ class ExactBlockSums(BlockSums):
 
     def measure(self, holding: Holding) -> None:
         """Find the largest square of every block; the squares are added when all know it."""
-        kernels.largest_square(holding)
+        for partition in holding.partitions:
+            kernels.largest_square(holding, partition)
         self._measured.append(holding)
 
     def agree(self) -> dict[torch.device, Tensor]:
@@ -79,8 +81,10 @@ class ExactBlockSums(BlockSums):
 
         scales = [_scale(peak, bits) for peak, bits in zip(peaks, self._bits, strict=True)]
         for holding in self._measured:
-            number, here = self._places[id(holding)]
-            kernels.add_scaled_squares(holding, scales[number][here], self._integers[number][here])
+            for partition in holding.partitions:
+                number, here = self._places[id(partition)]
+                scale, integers = scales[number][here], self._integers[number][here]
+                kernels.add_scaled_squares(holding, partition, scale, integers)
         for collective in self._collectives:
             payload = collective.gather(self._integers, torch.int64)
             dist.all_reduce(payload, group=collective.axis.group)

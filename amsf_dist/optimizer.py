@@ -42,7 +42,7 @@ class AMSF(TwoModes):
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by lr.
         averaging: "schedule_free" (arXiv 2405.15682) or "ema" (AdamW, Adam-mini).
-        blocks: "auto", "adam_mini", "row", "tensor", "element", or a list of rules
+        blocks: "auto", "adam_mini", "row", "tensor", "element", "factored", or a list of rules
             {"pattern": regex, "kind": ...}, first match wins (docs/blocks.md).
         head_dim: rows per attention head of q/k projections; None: read from the module.
         warmup_steps: steps over which lr rises linearly from lr / warmup_steps.

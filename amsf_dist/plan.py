@@ -18,7 +18,7 @@ from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
 from amsf_dist.kernels import Grouping, Holding, Move
-from amsf_dist.kernels.holding import WEIGHT, Line
+from amsf_dist.kernels.holding import WEIGHT, Line, Partition
 from amsf_dist.peaks import GroupPeaks
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
@@ -212,22 +212,24 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     rule, layout = RULES[group["averaging"]], locate(seat.parts, param, flats)
     storage = state_storage(group["state_storage"], param.dtype)
     weights = weight_storage(group["weight_storage"], param.dtype)
-    entries = state[param]
+    entries, memory = state[param], layout.local(param.detach())
     if not entries:
         entries.update(states.create(param, layout, rule, storage, weights))
-    elif layout.local(entries[states.MOMENT]).device != layout.local(param.detach()).device:
+    elif layout.local(entries[states.MOMENTS[0]]).device != memory.device:
         # the model went to another device, or came from "meta", after its state was made
         for key, fresh in states.create(param, layout, rule, storage, weights).items():
             if not entries[key].is_meta:
                 copy_into(fresh, entries[key])
             entries[key] = fresh
-    moments = layout.local(entries[states.MOMENT]).view(-1)
     for key, fresh in weights.beside(WEIGHT, param).items():
         entries.setdefault(key, fresh)  # the model was cast after its state was made
     return Holding(
         param=param,
         name=seat.name,
-        layout=layout,
+        partitions=tuple(
+            Partition(key, cut, cut.local(entries[key]).view(-1))
+            for key, cut in zip(states.MOMENTS, (layout, *layout.others), strict=False)
+        ),
         rule=rule,
         weight_storage=weights,
         errors=tuple(layout.local(entries[key]) for key in weights.keys(WEIGHT)[1:]),
@@ -235,10 +237,11 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
             Line(storage, tuple(layout.local(entries[key]) for key in storage.keys(line)))
             for line in rule.lines
         ),
-        exp_avg_sq=moments,
         group=group,
         index=0,
-        grouping=Grouping.of(layout, moments.device.type) if storage.group else None,
+        grouping=Grouping.of(layout, layout.local(param.detach()).device.type)
+        if storage.group
+        else None,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
+from amsf_dist.kernels.factored import second_moments
 from amsf_dist.kernels.grouping import Grouping
-from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.holding import Holding, Partition
 from amsf_dist.kernels.move import Move
 from amsf_dist.kernels.reference import assign_, average_, sum_of_squares, unaverage_
 from amsf_dist.kernels.transfer import (
@@ -22,6 +23,7 @@ __all__ = [
     "Grouping",
     "Holding",
     "Move",
+    "Partition",
     "add_means",
     "add_scaled_squares",
     "assign_",
@@ -30,6 +32,7 @@ __all__ = [
     "gather_scales_",
     "largest_square",
     "read_line",
+    "second_moments",
     "spread",
     "spread_scales",
     "sum_of_squares",

@@ -15,7 +15,7 @@ from amsf_dist.rules import Rule
 from amsf_dist.shards import Layout, Piece
 from amsf_dist.storage import Storage
 
-__all__ = ["WEIGHT", "Holding", "Line"]
+__all__ = ["WEIGHT", "Holding", "Line", "Partition"]
 
 WEIGHT = "weight"
 """What a weight storage's keys are made of; the first of them is the parameter itself."""
@@ -39,6 +39,23 @@ class Line:
         return self.tensors[1:] if self.storage.group else ()
 
 
+@dataclass(eq=False)
+class Partition:
+    """One way to cut a tensor in blocks, measured and agreed like any other.
+
+    Attributes:
+        key: of its block moments in the state.
+        layout: where its blocks lie.
+        moments: [layout.num_blocks] second moments of the blocks here, a view of the state.
+        sums: [layout.num_sums] view of the step's block sums.
+    """
+
+    key: str
+    layout: Layout
+    moments: Tensor
+    sums: Tensor = field(init=False)
+
+
 @dataclass
 class Holding:
     """What this rank holds of one tensor, and the state beside it.
@@ -46,32 +63,43 @@ class Holding:
     Attributes:
         param: as the optimizer was given it.
         name: canonical, "" when unknown.
-        layout: where its numbers lie.
+        partitions: how it is cut in blocks; the first says where its numbers lie.
         rule: the group's update rule.
         weight_storage: how its weights are kept.
         errors: this rank's memory of what that storage keeps beside the parameter.
         lines: the rule's lines, in the rule's order.
-        exp_avg_sq: [num_blocks] second moments of the blocks here, a view of the state.
         group: its parameter group, live.
         index: its place in the group's counters.
         grouping: where its lines lie in groups; None where no storage of theirs has any.
-        sums: [layout.num_sums] view of the step's block sums.
         peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
     """
 
     param: Tensor
     name: str
-    layout: Layout
+    partitions: tuple[Partition, ...]
     rule: Rule
     weight_storage: Storage
     errors: tuple[Tensor, ...]
     lines: tuple[Line, ...]
-    exp_avg_sq: Tensor
     group: Mapping[str, Any]
     index: int
     grouping: Grouping | None = None
-    sums: Tensor = field(init=False)
     peaks: Tensor = field(init=False)
+
+    @property
+    def layout(self) -> Layout:
+        """Where its numbers lie, and the first partition's blocks."""
+        return self.partitions[0].layout
+
+    @property
+    def exp_avg_sq(self) -> Tensor:
+        """[num_blocks] second moments of the first partition's blocks here."""
+        return self.partitions[0].moments
+
+    @property
+    def sums(self) -> Tensor:
+        """[num_sums] the step's sums of the first partition's blocks here."""
+        return self.partitions[0].sums
 
     @property
     def compute_dtype(self) -> torch.dtype:

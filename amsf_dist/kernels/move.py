@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels import factored
 from amsf_dist.kernels.draws import Draws
 from amsf_dist.kernels.holding import WEIGHT, Holding
 from amsf_dist.kernels.lines import (
@@ -29,6 +30,7 @@ class _Scaled(NamedTuple):
 
     scale: Tensor
     finite: Tensor | None  # as `scale`, or 0-dim, or None: everywhere
+    columns: Tensor | None = None  # a second factor, one per column
 
 
 class _Moved(NamedTuple):
@@ -77,6 +79,11 @@ class Move:
     def _scale_(self, piece: Piece) -> _Scaled:
         """Update the second moments of the piece's blocks."""
         holding, finite = self._holding, self._finite
+        if piece.others:
+            rows, columns, finite = factored.scales_(
+                holding, piece, self._c, finite, self._by_block
+            )
+            return _Scaled(rows, finite, columns)
         moments = holding.exp_avg_sq[piece.first_block : piece.first_block + piece.num_blocks]
         mean_sq = holding.sums[piece.first_sum : piece.first_sum + piece.num_sums]
         mean_sq = mean_sq / piece.part.blocks.block_numel
@@ -132,6 +139,8 @@ class Move:
             scale, finite = scaled.scale[here].view(-1, 1), scaled.finite
             if finite is not None and finite.dim():
                 finite = finite[here].view(-1, 1)
+            if scaled.columns is not None:
+                scale = scale * factored.by_column(piece, tile, scaled.columns)
 
         y = holding.weight_storage.load(opened.weight, tile.span, dtype).view(shape)
         decays = holding.group["decay"] == "all" or len(piece.part.shape) >= 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from amsf_dist.kernels import factored
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.lines import (
     flat_line,
@@ -25,7 +26,7 @@ __all__ = ["assign_", "average_", "sum_of_squares", "unaverage_"]
 
 
 def sum_of_squares(holding: Holding) -> None:
-    """Add grad**2 of every block this rank sees to `holding.sums` (docs/algorithm.md (2)).
+    """Add grad**2 of every block this rank sees to its partition's sums (docs/algorithm.md (2)).
 
     Args:
         holding: has a gradient, of any floating dtype; squared and added in the compute dtype.
@@ -40,7 +41,10 @@ def sum_of_squares(holding: Holding) -> None:
             else:
                 first = tile.first_block - piece.first_block + piece.first_sum
                 sums = holding.sums[first : first + tile.num_blocks]
-                sums += part.view(tile.num_blocks, -1).square().sum(1)
+                squares = part.view(tile.num_blocks, -1).square()
+                sums += squares.sum(1)
+                if piece.others:
+                    factored.add_by_column(holding, piece, tile, squares)
 
 
 def average_(holding: Holding, out: Tensor, weight: tuple[Tensor, ...] | None = None) -> None:

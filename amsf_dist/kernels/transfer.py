@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.holding import Holding, Partition
 from amsf_dist.kernels.lines import flat_line, flat_lines, put_back, put_lines_back
 from amsf_dist.kernels.tiles import sections, tiles
 
@@ -21,37 +21,45 @@ __all__ = [
 ]
 
 
-def spread(holding: Holding) -> Tensor:
-    """The block moments written out over the elements, laid out as this rank's memory."""
+def spread(holding: Holding, partition: Partition | None) -> Tensor:
+    """The block moments written out over the elements, laid out as this rank's memory.
+
+    Args:
+        holding: the tensor.
+        partition: one of its; None: zeros.
+    """
     out = torch.zeros_like(holding.memory(holding.param), dtype=holding.exp_avg_sq.dtype)
-    for piece in holding.layout.pieces:
+    if partition is None:
+        return out
+    moments = partition.moments
+    for piece in partition.layout.pieces:
         line = flat_line(out, piece)
         for section in sections(piece):
             blocks = slice(section.first_block, section.first_block + section.num_blocks)
             part = line[section.start : section.stop].view(section.num_blocks, -1)
-            part.copy_(holding.exp_avg_sq[blocks].view(-1, 1))
+            part.copy_(moments[blocks].view(-1, 1))
         put_back(out, piece, line)
     return out
 
 
-def gather_(holding: Holding, spread_out: Tensor) -> None:
+def gather_(partition: Partition, spread_out: Tensor) -> None:
     """Take the block moments back from what `spread` wrote: every block's first element here."""
-    for piece in holding.layout.pieces:
+    for piece in partition.layout.pieces:
         line = flat_line(spread_out, piece)
         for section in sections(piece):
             blocks = slice(section.first_block, section.first_block + section.num_blocks)
             part = line[section.start : section.stop].view(section.num_blocks, -1)
-            holding.exp_avg_sq[blocks].copy_(part[:, 0])
+            partition.moments[blocks].copy_(part[:, 0])
 
 
-def add_means(holding: Holding, values: Tensor) -> None:
-    """Add this rank's share of the mean of every block to `holding.sums`; not for element blocks.
+def add_means(partition: Partition, values: Tensor) -> None:
+    """Add this rank's share of the mean of every block to its sums; not for element blocks.
 
     Args:
-        holding: whose blocks.
+        partition: whose blocks.
         values: laid out as this rank's memory.
     """
-    for piece in holding.layout.pieces:
+    for piece in partition.layout.pieces:
         if piece.part.elementwise:
             continue
         line = flat_line(values, piece)
@@ -61,16 +69,16 @@ def add_means(holding: Holding, values: Tensor) -> None:
             part = line[tile.start : tile.stop].double().view(tile.num_blocks, -1)
             first = tile.first_block - piece.first_block
             means[first : first + tile.num_blocks] += part.sum(1)
-        sums = holding.sums[piece.first_sum : piece.first_sum + piece.num_sums]
+        sums = partition.sums[piece.first_sum : piece.first_sum + piece.num_sums]
         sums += (means / piece.part.blocks.block_numel).to(sums.dtype)
 
 
-def take_means_(holding: Holding) -> None:
+def take_means_(partition: Partition) -> None:
     """Make the agreed means of `add_means` the block moments."""
-    for piece in holding.layout.pieces:
+    for piece in partition.layout.pieces:
         if not piece.part.elementwise:
-            moments = holding.exp_avg_sq[piece.first_block : piece.first_block + piece.num_blocks]
-            moments.copy_(holding.sums[piece.first_sum : piece.first_sum + piece.num_sums])
+            moments = partition.moments[piece.first_block : piece.first_block + piece.num_blocks]
+            moments.copy_(partition.sums[piece.first_sum : piece.first_sum + piece.num_sums])
 
 
 def read_line(holding: Holding, index: int) -> Tensor:

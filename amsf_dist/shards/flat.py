@@ -15,6 +15,8 @@ from amsf_dist.shards.vector import line_shape
 
 __all__ = ["FlatSlice", "flat_layout"]
 
+_IN_ANY_ORDER = ("element", "tensor", "mean")  # blocks of these are runs of every order of the dims
+
 
 @dataclass(frozen=True)
 class FlatSlice:
@@ -48,7 +50,7 @@ def flat_layout(parts: Sequence[Part], slices: Sequence[FlatSlice]) -> Layout:
     slots: list[int] = []
     first_block = first_sum = num_slots = 0
     for part, here in zip(parts, slices, strict=True):
-        transposed = part.blocks.order is not None and part.blocks.kind in ("row", "head")
+        transposed = part.blocks.order is not None and part.blocks.kind not in _IN_ANY_ORDER
         place = _transposed if transposed else _in_order
         piece, first, cut = place(part, here, first_block, first_sum)
         for slot, block in enumerate(cut):
@@ -88,6 +90,7 @@ def _in_order(
     num_blocks = runs[0].num_blocks if runs else 0
     numel = math.prod(part.shape)
     span = Span(here.offset, (numel,), (here.start,), (here.stop - here.start,))
+    kept = Span(first_block, (part.num_blocks,), (first,), (num_blocks,))
     piece = Piece(
         part,
         moved,
@@ -97,6 +100,7 @@ def _in_order(
         len(cut),
         spans=(span,),
         seam=seam_of_boundaries(here.boundaries, numel, here.axis),
+        kept=kept,
     )
     return piece, first, cut
 
@@ -134,6 +138,7 @@ def _transposed(
         tuple(boxes),
         tuple(spans),
         seam_everywhere((here.axis,) if here.boundaries else (), math.prod(part.shape)),
+        kept=Span(first_block, (part.num_blocks,), (0,), (num_blocks,)),
     )
     return piece, 0, cut
 

@@ -87,6 +87,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
                 cut_blocks=num_blocks if cut else 0,
                 spans=(Span(0, line, tuple(offsets), tuple(lengths)),),
                 seam=seam_everywhere([axes[dim] for dim in seaming], math.prod(line)),
+                kept=Span(0, vector, vector_offsets, vector_lengths),
             ),
         ),
         cuts=tuple(Cut(axes[dim], num_blocks, every, every) for dim in cut),
@@ -134,7 +135,9 @@ def on_paper(
     num_blocks = math.prod(vector_lengths)
     span = Span(0, line, (0,) * len(line), tuple(lengths))
     cut_blocks = num_blocks if cut else 0
-    return Layout((Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,)),))
+    kept = Span(0, vector, (0,) * len(vector), tuple(vector_lengths))
+    piece = Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,), kept=kept)
+    return Layout((piece,))
 
 
 def _axis(mesh: DeviceMesh, dim: int, placements: Sequence[Placement]) -> Axis:
@@ -215,6 +218,8 @@ def cut_mesh_dims(
         for mesh_dim, placement in enumerate(placements)
         if isinstance(placement, _SHARDS) and mesh_shape[mesh_dim] > 1
     ]
+    if blocks.kind == "mean":
+        return tuple(mesh_dim for mesh_dim, _ in sharding)
     if by_dims:
         return tuple(mesh_dim for mesh_dim, dim in sharding if dim >= len(vector))
 
