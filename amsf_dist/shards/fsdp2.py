@@ -132,7 +132,9 @@ def on_paper(
     num_blocks = math.prod(vector_lengths)
     span = Span(0, line, (0,) * len(line), tuple(lengths))
     cut_blocks = num_blocks if cut else 0
-    return Layout((Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,)),))
+    kept = Span(0, vector, (0,) * len(vector), tuple(vector_lengths))
+    piece = Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,), kept=kept)
+    return Layout((piece,))
 
 
 def _axis(mesh: DeviceMesh, dim: int, placements: Sequence[Placement]) -> Axis:
