@@ -35,8 +35,8 @@ def build(layout: str, shape: str, seed: int = 0, **options: Any) -> tuple[nn.Mo
     return model, AMSF(model, **options)
 
 
-def trained(layout: str, shape: str, averaging: str = "schedule_free") -> Any:
-    _, optimizer = build(layout, shape, averaging=averaging)
+def trained(layout: str, shape: str, averaging: str = "schedule_free", blocks: str = "auto") -> Any:
+    _, optimizer = build(layout, shape, averaging=averaging, blocks=blocks)
     step_with(optimizer, range(6))
     line = "gap" if averaging == "schedule_free" else "exp_avg"
     peaks = optimizer._ready().units[0].peaks
@@ -70,6 +70,14 @@ def test_first_moments_too() -> None:
     alone, _ = trained("single", "uneven", "ema")
     for found, _ in run_ranks(3, trained, "fsdp2", "uneven", "ema"):
         assert_same_bits(found["exp_avg"], alone["exp_avg"])
+
+
+def test_rows_and_columns_too() -> None:
+    alone, _ = trained("single", "uneven", blocks="factored")
+    for layout, world_size in (("fsdp2", 3), ("fsdp1 FULL_SHARD flat", 2)):
+        setting = (layout, "uneven", "schedule_free", "factored")
+        for found, _ in run_ranks(world_size, trained, *setting):
+            assert_same_bits(found, alone, layout)
 
 
 def save(path: str, layout: str) -> Any:

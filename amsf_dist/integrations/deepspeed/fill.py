@@ -91,11 +91,14 @@ def _check(holding: Holding, record: dict[str, Any], saved: Saved) -> None:
         raise ValueError(
             f"{name}: saved with shape {saved.shapes[name]}, this model has {record['shape']}"
         )
-    if saved.block_numel[name] != record["block_numel"]:
-        raise ValueError(
-            f"{name}: saved with blocks of {saved.block_numel[name]} numbers, this optimizer has "
-            f"blocks of {record['block_numel']}; build it with the blocks= and head_dim= of then"
-        )
+    for key, ours in record["moments"].items():
+        theirs = saved.block_numel[name].get(key)
+        if theirs != ours["block_numel"]:
+            then = f"with blocks of {theirs} numbers" if theirs else f"without {key!r}"
+            raise ValueError(
+                f"{name}: saved {then}, this optimizer has blocks of {ours['block_numel']}; build "
+                "it with the blocks= and head_dim= of then"
+            )
     averaging = saved.groups[saved.group_of[name]]["averaging"]
     if averaging != holding.group["averaging"]:
         raise ValueError(
@@ -125,9 +128,10 @@ def _copy_state(
         saved.read(name, STASH, start, stop, holding.memory(stash).view(-1)[here])
     elif not averaging:
         state.pop(STASH, None)
-    first, count = record["first_moment"], record["num_moments"]
-    moments = holding.exp_avg_sq[first : first + count]
-    saved.read_moments(name, record["first_block"], count, moments)
+    for partition in holding.partitions:
+        if at := record["moments"].get(partition.key):
+            moments = partition.moments[at["first_moment"] :][: at["num_moments"]]
+            saved.read_moments(name, partition.key, at["first_block"], moments)
     for counter in holding.rule.counters:
         state[counter].fill_(saved.counters[name][counter])
 
