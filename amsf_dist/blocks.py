@@ -188,12 +188,13 @@ def _factored(param: _Parameter) -> Blocks:
         return Blocks("element", 1)
     order = param.facts.order or tuple(range(len(shape)))
     leading = 1 if role in _OUTPUTS_FIRST else len(shape) - 1
-    if math.prod(shape[dim] for dim in order[:leading]) != rows:
-        return replace(_row(param), note="rows are no dims of it: not factored, one row per block")
+    by_row, by_column = order[:leading], order[leading:]
+    # columns that lie in another order than they are counted in are no run of a slice's memory
+    if math.prod(shape[dim] for dim in by_row) != rows or list(by_column) != sorted(by_column):
+        return replace(_row(param), note="rows and columns are no dims of it: one row per block")
     # which dim of a matrix holds the rows makes no difference, and more dims seldom stay unknown
     note = "" if len(shape) == 2 else _by_role("auto", param).note
-    swapped = (*order[leading:], *order[:leading])
-    others = Blocks("column", rows, swapped), Blocks("mean", param.numel)
+    others = Blocks("column", rows, (*by_column, *by_row)), Blocks("mean", param.numel)
     return Blocks("factored", columns, param.facts.order, note, others)
 
 

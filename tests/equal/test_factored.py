@@ -203,6 +203,17 @@ def test_rules_may_factor_some_weights() -> None:
     assert fit(model, optimizer, 5)[-1] < fit(Transformer(), optimizer, [0])[0]
 
 
+def test_weights_without_rows_and_columns_of_their_own_have_rows_and_say_so() -> None:
+    grouped = AMSF(nn.ConvTranspose2d(4, 6, 3, groups=2), blocks="factored").explain()
+    assert grouped.rows[0].kind == "row" and "one row per block" in grouped.rows[0].note
+    stack = AMSF([("odd", nn.Parameter(torch.ones(2, 3, 4)))], blocks="factored").explain()
+    assert stack.rows[0].kind == "factored" and stack.rows[0].note
+    matrix = AMSF([nn.Parameter(torch.ones(3, 4))], blocks="factored").explain()
+    assert matrix.rows[0].kind == "factored" and not matrix.rows[0].note
+    empty = AMSF([("none", nn.Parameter(torch.ones(0, 4)))], blocks="factored")
+    assert empty.explain().rows[0].blocks == 0
+
+
 def test_explain_and_memory_count_every_vector() -> None:
     model = Transformer(Shape(vocab=24, dim=32, hidden=40), dtype=torch.float32)
     optimizer = AMSF(model, blocks="factored")

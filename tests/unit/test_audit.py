@@ -35,6 +35,8 @@ def llama_3_8b() -> torch.nn.Module:
         (8, "auto", 0),
         (64, "auto", 1280),
         (64, "row", 0),
+        # columns and the mean: of 6 matrices with 4,096 columns and of one with 14,336 per layer
+        (64, "factored", 32 * (6 * 4097 + 14337) + 2 * 4097),
     ],
 )
 def test_llama_3_8b_on_a_mesh_that_is_not_there(
