@@ -21,6 +21,7 @@ SIXTEEN_BITS = {
     "bf16_master_weights_and_grads": True,
     "bf16_optimizer_states": True,
 }
+NATIVE = {"weight_storage": "native"}
 
 
 def transformer() -> Transformer:
@@ -41,8 +42,8 @@ def refusals(folder: str) -> dict[str, str]:
         "nvme": message(
             config(stage=3, zero={"offload_optimizer": {"device": "nvme", "nvme_path": folder}})
         ),
-        "16 bits 1": message(config(stage=1, bf16=SIXTEEN_BITS)),
-        "16 bits 3": message(config(stage=3, bf16=SIXTEEN_BITS)),
+        "16 bits 1": message(config(stage=1, bf16=SIXTEEN_BITS, amsf=NATIVE)),
+        "16 bits 3": message(config(stage=3, bf16=SIXTEEN_BITS, amsf=NATIVE)),
     }
     offload = config(stage=2, zero={"offload_optimizer": CPU})
     model = transformer()
@@ -61,8 +62,8 @@ def test_refusals_name_the_setting_and_the_cure(tmp_path: Any) -> None:
     for case, words in {
         "elastic": "elastic_checkpoint: .* leave it out",
         "nvme": "offload_optimizer to nvme: .* offload to cpu",
-        "16 bits 1": "masters in 16 bits .* leave it out",
-        "16 bits 3": "masters in 16 bits .* leave it out",
+        "16 bits 1": "masters of 16 bits .*weight_storage='auto'",
+        "16 bits 3": "masters of 16 bits .*weight_storage='auto'",
         "offload instance": '"zero_force_ds_cpu_optimizer": false',
         "offload callable": '"zero_force_ds_cpu_optimizer": false',
         "trained": "a trained state.*load_state_dict",

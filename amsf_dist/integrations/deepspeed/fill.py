@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from amsf_dist.hyper import Hyper
 from amsf_dist.integrations.deepspeed.pieces import describe
-from amsf_dist.integrations.deepspeed.saved import WEIGHT, Saved
+from amsf_dist.integrations.deepspeed.saved import Saved
+from amsf_dist.integrations.deepspeed.weights import copy_weights
 from amsf_dist.kernels import Holding
 from amsf_dist.optimizer import AMSF
 from amsf_dist.portable import scale_key, take_line_
 from amsf_dist.shards import Flats
-from amsf_dist.state import STASH
 from amsf_dist.storage.grouped import SCALE_DTYPE
 
 __all__ = ["fill"]
@@ -52,7 +51,7 @@ def fill(optimizer: AMSF, flats: Flats, saved: Saved, with_state: bool = True) -
     for holding, record in _records(optimizer, flats):
         _check(holding, record, saved)
     for holding, record in _records(optimizer, flats):
-        _copy_weights(holding, record, saved)
+        copy_weights(holding, optimizer.state[holding.param], record, saved)
         if with_state:
             _copy_state(holding, optimizer.state[holding.param], record, saved)
     if not with_state:
@@ -107,27 +106,10 @@ def _check(holding: Holding, record: dict[str, Any], saved: Saved) -> None:
         )
 
 
-def _copy_weights(holding: Holding, record: dict[str, Any], saved: Saved) -> None:
-    start, stop = record["start"], record["stop"]
-    here = slice(record["offset"], record["offset"] + stop - start)
-    memory = holding.memory(holding.param).view(-1)
-    saved.read(record["name"], WEIGHT, start, stop, memory[here])
-
-
 def _copy_state(
     holding: Holding, state: dict[str, Any], record: dict[str, Any], saved: Saved
 ) -> None:
-    name, start, stop = record["name"], record["start"], record["stop"]
-    here = slice(record["offset"], record["offset"] + stop - start)
-    for key, value in state.items():
-        if key in holding.error_keys:
-            saved.read(name, key, start, stop, holding.memory(value).view(-1)[here])
-    averaging = not saved.groups[saved.group_of[name]]["train_mode"]
-    if averaging and any(STASH in part.lines for part in saved.fragments[name]):
-        stash: Tensor = state.setdefault(STASH, torch.zeros_like(holding.param.detach()))
-        saved.read(name, STASH, start, stop, holding.memory(stash).view(-1)[here])
-    elif not averaging:
-        state.pop(STASH, None)
+    name = record["name"]
     for partition in holding.partitions:
         if at := record["moments"].get(partition.key):
             moments = partition.moments[at["first_moment"] :][: at["num_moments"]]

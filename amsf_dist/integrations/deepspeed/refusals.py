@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_MASTERS = (
+    "fp32_partitioned_groups_flat",
+    "single_partition_of_fp32_groups",
+    "fp32_groups_flat_partition",
+)
+"""DeepSpeed's names for what the optimizer moves, also where it has 16 bits."""
 
 
 def refuse_client(engine: Any) -> None:
@@ -80,22 +88,24 @@ def refuse_settings(engine: Any) -> None:
             raise RuntimeError(f"AMSF under DeepSpeed does not work with {problem}")
 
 
-def refuse_masters(wrapper: Any) -> None:
+def refuse_masters(wrapper: Any, groups: Iterable[Mapping[str, Any]]) -> None:
     """After DeepSpeed has built its wrapper.
 
+    Args:
+        wrapper: DeepSpeed's.
+        groups: the optimizer's.
+
     Raises:
-        RuntimeError: the weights that the optimizer moves have 16 bits.
+        RuntimeError: the weights that the optimizer moves have 16 bits, and nothing beside them.
     """
-    for name in (
-        "fp32_partitioned_groups_flat",
-        "single_partition_of_fp32_groups",
-        "fp32_groups_flat_partition",
-    ):
+    if all(group["weight_storage"] != "native" for group in groups):
+        return
+    for name in _MASTERS:
         if any(flat.dtype.itemsize < 4 for flat in getattr(wrapper, name, ())):
             raise RuntimeError(
-                "AMSF under DeepSpeed does not work with masters in 16 bits "
-                "(bf16_master_weights_and_grads, fp16_master_weights_and_grads): small updates "
-                "would be lost in them; leave it out"
+                "weight_storage='native' loses small updates in masters of 16 bits "
+                "(bf16_master_weights_and_grads, fp16_master_weights_and_grads): use "
+                "weight_storage='auto', or leave that out"
             )
 
 
