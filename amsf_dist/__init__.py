@@ -6,8 +6,9 @@ from amsf_dist.audit import explain
 from amsf_dist.integrations.deepspeed import register as _register
 from amsf_dist.optimizer import AMSF
 from amsf_dist.precision import cast_model
+from amsf_dist.release import enable_gradient_release
 
-__all__ = ["AMSF", "__version__", "cast_model", "explain"]
+__all__ = ["AMSF", "__version__", "cast_model", "enable_gradient_release", "explain"]
 
 __version__ = "0.1.0"
 

@@ -30,13 +30,9 @@ _REPLICA_BITS = 8  # kept free for up to 256 replicas (HSDP), which all send the
 class ExactBlockSums(BlockSums):
     """`BlockSums` whose result does not depend on the sharding, to the bit."""
 
-    def __init__(self, holdings: Sequence[Holding]) -> None:
-        """Plan; see `BlockSums`.
-
-        Args:
-            holdings: same parameters in the same order on every rank.
-        """
-        super().__init__(holdings)
+    def __init__(self, holdings: Sequence[Holding], own_groups: bool = False) -> None:
+        """Plan; see `BlockSums`."""
+        super().__init__(holdings, own_groups)
         self.num_collectives *= 2
         self.num_floats *= 2
         self._measured: list[Holding] = []

@@ -13,7 +13,7 @@ from amsf_dist.architecture import Facts
 from amsf_dist.blocks import canonical_name
 from amsf_dist.shards import Flats, Part, parameters_in
 
-__all__ = ["Seat", "cut_lines", "names_of", "seats", "trainable", "without_duplicates"]
+__all__ = ["Seat", "cut_lines", "names_of", "seats", "split", "trainable", "without_duplicates"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,17 @@ def seats(
         for group, group_parts in zip(groups, parts, strict=True)
         for param, name, inside in zip(group["params"], names_of(group), group_parts, strict=True)
     ]
+
+
+def split(seats: Sequence[Seat], units: Sequence[Sequence[Tensor]] | None) -> list[list[Seat]]:
+    """Seats by the unit that their tensor belongs to; those of none are the last unit."""
+    if units is None:
+        return [list(seats)]
+    number = {id(param): place for place, unit in enumerate(units) for param in unit}
+    found: list[list[Seat]] = [[] for _ in range(len(units) + 1)]
+    for seat in seats:
+        found[number.get(id(seat.param), len(units))].append(seat)
+    return [unit for unit in found if unit]
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

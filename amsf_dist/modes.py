@@ -14,6 +14,7 @@ from amsf_dist import kernels
 from amsf_dist.blocks import canonical_name
 from amsf_dist.kernels import Holding
 from amsf_dist.owner import Owner
+from amsf_dist.progress import Progress
 from amsf_dist.shards import copy_into
 from amsf_dist.state import STASH
 from amsf_dist.watch import Watch
@@ -25,6 +26,7 @@ class TwoModes(Optimizer):
     """The part of the optimizer that goes between y and x."""
 
     _watch: Watch
+    _progress: Progress
     _owner: Owner | None
 
     @property
@@ -84,7 +86,7 @@ class TwoModes(Optimizer):
             parameters are, whole ones under an engine (then every rank must call it); frozen ones
             and buffers are the model's own.
         """
-        self._watch.between_steps(self.holdings)
+        self._between_steps()
         averages = {id(h.param): self._average(h, dtype or h.param.dtype) for h in self.holdings}
         if self._owner is not None:
             return self._owner.whole(averages, model, dtype)
@@ -127,7 +129,7 @@ class TwoModes(Optimizer):
             )
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError("the parameters hold the average x: call optimizer.train() first")
-        self._watch.between_steps(self.holdings)
+        self._between_steps()
         given = {canonical_name(name): value for name, value in state_dict.items()}
         for holding in self.holdings:
             value = given.get(holding.name)
@@ -143,9 +145,13 @@ class TwoModes(Optimizer):
             copy_into(x, value)
             kernels.assign_(holding, holding.memory(x))
 
+    def _between_steps(self) -> None:
+        self._progress.refuse_between()
+        self._watch.between_steps(self.holdings)
+
     def _to_change(self, *, training: bool) -> list[Holding]:
         """The holdings whose parameters hold y, or x."""
-        self._watch.between_steps(self.holdings)
+        self._between_steps()
         return [
             holding
             for holding in self.holdings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
 from amsf_dist.modes import TwoModes
 from amsf_dist.owner import Expected, Owner, is_building
+from amsf_dist.progress import Progress
 from amsf_dist.shards import Flats, Part, flats_of, is_partitioned
 from amsf_dist.watch import Watch
 
@@ -117,7 +118,9 @@ class AMSF(TwoModes):
         self._parts: list[list[tuple[Part, ...]]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
-        self._watch = Watch()
+        self._watch, self._progress = Watch(), Progress()
+        self._split: list[list[Tensor]] | None = None
+        self.optimizer_accumulation = False
         self._owner: Owner | None = Expected() if is_building() else None
         if isinstance(params, nn.Module):
             if any(is_partitioned(param) for param in params.parameters()):
@@ -184,9 +187,58 @@ class AMSF(TwoModes):
         else:
             params = [seat.param for unit in owner.units for seat in unit]
         if self._plan is None or not plan.is_current(self._plan, params, self.state):
-            units = [groups.seats(self.param_groups, self._parts)] if owner is None else owner.units
-            self._plan = plan.build(units, self.state, self._flats)
+            units: Sequence[Sequence[groups.Seat]]
+            if owner is None:
+                units = groups.split(groups.seats(self.param_groups, self._parts), self._split)
+            else:
+                units = owner.units
+            self._plan = plan.build(units, self.state, self._flats, self.is_split)
         return self._plan
+
+    @property
+    def is_split(self) -> bool:
+        """Whether modules step one by one (gradient release)."""
+        return self._split is not None
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether an engine (DeepSpeed) keeps the weights."""
+        return self._owner is not None
+
+    def split(self, units: Sequence[Sequence[Tensor]] | None) -> None:
+        """Step these parameters together, and those together; what gradient release calls.
+
+        Args:
+            units: the same on every rank; parameters in none of them are one more. None: all
+                parameters step together.
+
+        Raises:
+            RuntimeError: a step is half done.
+        """
+        self._progress.refuse_between()
+        self._split = None if units is None else [list(unit) for unit in units]
+        self._plan = None
+        self._ready()
+
+    @torch.no_grad()
+    def arrived(self, param: Tensor) -> None:
+        """A parameter's gradient is final: move its unit if it was the last one missing.
+
+        Raises:
+            RuntimeError: the unit has moved already in this step, or as for `step`.
+        """
+        if self.optimizer_accumulation:
+            self._progress.held_back = True
+            return
+        current = self._ready()
+        unit = self._progress.arrive(param, current)
+        if unit is None:
+            return
+        if not self._progress.begun:
+            self._watch.before_step(self.param_groups, current.holdings)
+        self.update(unit)
+        self._progress.moved(unit)
+        _free(unit)
 
     @property
     def holdings(self) -> list[Holding]:
@@ -228,13 +280,26 @@ class AMSF(TwoModes):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.optimizer_accumulation:
+            self._progress.held_back = True
+            return loss
         if self._owner is not None:
             self._owner.before_step()
         current = self._ready()
-        self._watch.before_step(self.param_groups, current.holdings)
+        if not self._progress.begun:
+            self._watch.before_step(self.param_groups, current.holdings)
         for unit in current.shown(self.param_groups):
-            self.update(unit)
+            if not self._progress.has_moved(unit):
+                self.update(unit)
+                if self.is_split:  # it got its gradients, but not all of them
+                    _free(unit)
+        self._progress.finish()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free the gradients, unless they are those of earlier micro-batches of this step."""
+        if not self._progress.held_back:
+            super().zero_grad(set_to_none)
 
     def update(self, unit: plan.Unit) -> None:
         """Measure, agree, move: one step of tensors that step together.
@@ -281,6 +346,7 @@ class AMSF(TwoModes):
         Under FSDP1 the block moments, whose number here depends on the sharding, are written out
         over the elements, as FSDP's own state-dict functions need them.
         """
+        self._progress.refuse_between()
         self._watch.forget_gathered()
         self._ready()  # accelerate may have put sharded parameters into the groups
         with self._owner.shown() if self._owner is not None else nullcontext():
@@ -323,6 +389,12 @@ class AMSF(TwoModes):
         """Come back from pickle or deepcopy; the plan is made when it is needed."""
         self._plan = None
         self._skipped = 0
-        self._watch = Watch()
+        self._watch, self._progress = Watch(), Progress()
+        self._split, self.optimizer_accumulation = None, False
         self._flats, self._owner = {}, None  # process groups and engines do not travel
         super().__setstate__(state)
+
+
+def _free(unit: plan.Unit) -> None:
+    for holding in unit.holdings:
+        holding.param.grad = None

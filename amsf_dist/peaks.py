@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amsf_dist.kernels import Holding, Move
-from amsf_dist.shards import Axis
+from amsf_dist.shards import Axis, with_own_group
 
 __all__ = ["GroupPeaks"]
 
@@ -43,11 +43,12 @@ class GroupPeaks:
         num_floats: numbers in all of them together.
     """
 
-    def __init__(self, holdings: Sequence[Holding]) -> None:
+    def __init__(self, holdings: Sequence[Holding], own_groups: bool = False) -> None:
         """Plan the buffers and the collectives.
 
         Args:
             holdings: same parameters in the same order on every rank.
+            own_groups: whether to reduce on process groups of our own.
         """
         self._holdings = [h for h in holdings if h.grouping is not None]
         devices = list(dict.fromkeys(h.exp_avg_sq.device for h in self._holdings))
@@ -62,6 +63,9 @@ class GroupPeaks:
             buffer = self._buffers[devices.index(holding.exp_avg_sq.device)]
             holding.peaks = buffer[start : start + lines * width].view(lines, width)
         self._collectives = _collectives(self._holdings, starts, devices)
+        if own_groups:
+            for collective in self._collectives:
+                collective.axes = tuple(map(with_own_group, collective.axes))
         self.num_collectives = sum(len(c.axes) for c in self._collectives)
         self.num_floats = sum(len(c.axes) * c.numel for c in self._collectives)
 

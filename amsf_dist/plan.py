@@ -156,7 +156,9 @@ def is_current(plan: Plan | None, params: Iterable[Tensor], state: _State) -> bo
     return plan is not None and plan.signature == _signature(params, state)
 
 
-def build(units: Sequence[Sequence[Seat]], state: _State, flats: Flats) -> Plan:
+def build(
+    units: Sequence[Sequence[Seat]], state: _State, flats: Flats, own_groups: bool = False
+) -> Plan:
     """Locate every parameter and create the state that is missing.
 
     Args:
@@ -164,16 +166,19 @@ def build(units: Sequence[Sequence[Seat]], state: _State, flats: Flats) -> Plan:
         state: the optimizer's; completed in place. State of tensors that have no seat any more is
             dropped if nothing was trained yet.
         flats: which parts of which parameters lie in flat tensors.
+        own_groups: whether collectives have process groups of their own: inside backward they
+            would wait for the wrapper's on the same one.
 
     Raises:
         RuntimeError: trained parameters were replaced by others.
     """
     params = [seat.param for unit in units for seat in unit]
     _drop_replaced(params, state)
-    return Plan([_unit(unit, state, flats) for unit in units], _signature(params, state))
+    made = [_unit(unit, state, flats, own_groups) for unit in units]
+    return Plan(made, _signature(params, state))
 
 
-def _unit(seats: Sequence[Seat], state: _State, flats: Flats) -> Unit:
+def _unit(seats: Sequence[Seat], state: _State, flats: Flats, own_groups: bool) -> Unit:
     on_device: dict[tuple[int, torch.device], list[Holding]] = {}
     for seat in seats:
         # Frozen parameters cost nothing until they are unfrozen, which makes a new plan.
@@ -190,11 +195,13 @@ def _unit(seats: Sequence[Seat], state: _State, flats: Flats) -> Unit:
         lanes.append(Lane(group, rule, device, holdings, states.Counters(rule, own, device)))
     exact = any(seat.group["deterministic"] for seat in seats)
     held = [holding for lane in lanes for holding in lane.holdings]
-    return Unit(lanes, (ExactBlockSums if exact else BlockSums)(held), GroupPeaks(held))
+    sums = (ExactBlockSums if exact else BlockSums)(held, own_groups)
+    return Unit(lanes, sums, GroupPeaks(held, own_groups))
 
 
 def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
-    return tuple(
+    """Of the parameters in whatever order: units need not be in that of the groups."""
+    facts = [
         (
             id(param),
             param.shape,
@@ -204,7 +211,8 @@ def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
             id(state.get(param)),
         )
         for param in params
-    )
+    ]
+    return tuple(sorted(facts, key=lambda fact: fact[0]))
 
 
 def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amsf_dist import kernels
 from amsf_dist.kernels import Holding, Partition
-from amsf_dist.shards import Axis
+from amsf_dist.shards import Axis, with_own_group
 
 __all__ = ["BlockSums", "partitions_of"]
 
@@ -61,17 +61,21 @@ class BlockSums:
             nothing is sharded, or a collective runs over every group that shards something.
     """
 
-    def __init__(self, holdings: Sequence[Holding]) -> None:
+    def __init__(self, holdings: Sequence[Holding], own_groups: bool = False) -> None:
         """Plan the buffers and the collectives.
 
         Args:
             holdings: same parameters in the same order on every rank.
+            own_groups: whether to reduce on process groups of our own.
         """
         self._buffers, self._starts = _buffers(holdings)
         self._collectives = _collectives(partitions_of(holdings), self._buffers, self._starts)
+        reached = {collective.axis.group.group_name for collective in self._collectives}
+        if own_groups:
+            for collective in self._collectives:
+                collective.axis = with_own_group(collective.axis)
         self.num_collectives = len(self._collectives)
         self.num_floats = sum(collective.numel + 1 for collective in self._collectives)
-        reached = {collective.axis.group.group_name for collective in self._collectives}
         self.everyone_knows = all(
             axis.group.group_name in reached
             for partition in partitions_of(holdings)

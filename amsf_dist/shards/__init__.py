@@ -14,6 +14,7 @@ from amsf_dist.shards.fsdp2 import copy_into, fsdp2, whole
 from amsf_dist.shards.fsdp2 import on_paper as fsdp2_on_paper
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.others import with_others
+from amsf_dist.shards.own_groups import with_own_group
 from amsf_dist.shards.replicated import replicated
 from amsf_dist.shards.vector import line_shape, vector_shape
 from amsf_dist.shards.zero import is_partitioned
@@ -36,6 +37,7 @@ __all__ = [
     "parameters_in",
     "vector_shape",
     "whole",
+    "with_own_group",
 ]
 
 Flats = Mapping[Tensor, Sequence[FlatSlice]]

@@ -33,6 +33,7 @@ FLOORS = (
         "stamp",
         "checks",
         "watch",
+        "progress",
         "modes",
         "upstream",
     ),

@@ -1,0 +1,84 @@
+"""How far a step has come: with gradient release its units move one by one inside backward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from amsf_dist.plan import Plan, Unit
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Of one step.
+
+    Attributes:
+        held_back: gradients of earlier micro-batches wait in the parameters for the last one.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has happened yet."""
+        self._plan: Plan | None = None
+        self._unit_of: dict[int, Unit] = {}
+        self._waits: dict[int, int] = {}
+        self._arrived: set[int] = set()
+        self._moved: set[int] = set()
+        self.held_back = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether a unit has moved."""
+        return bool(self._moved)
+
+    def has_moved(self, unit: Unit) -> bool:
+        """Whether a unit has moved in this step."""
+        return id(unit) in self._moved
+
+    def refuse_between(self) -> None:
+        """Before weights are used that must all be of one step.
+
+        Raises:
+            RuntimeError: some units have moved and others have not.
+        """
+        if self._moved:
+            raise RuntimeError(
+                "a step is half done: gradient release has moved some weights inside backward; "
+                "call optimizer.step() first"
+            )
+
+    def arrive(self, param: Tensor, plan: Plan) -> Unit | None:
+        """A parameter's gradient is there.
+
+        Returns:
+            Its unit, if that now has all of its gradients.
+
+        Raises:
+            RuntimeError: the parameter had one already in this step.
+        """
+        if plan is not self._plan:
+            self._plan = plan
+            self._unit_of = {id(h.param): unit for unit in plan.units for h in unit.holdings}
+        unit = self._unit_of[id(param)]
+        if id(param) in self._arrived:
+            name = next(h.name for h in unit.holdings if h.param is param) or "a parameter"
+            raise RuntimeError(
+                f"{name} got a second gradient in one step, and gradient release has used the "
+                "first: set optimizer.optimizer_accumulation = True before every backward but the "
+                "last one of a step, or pass the module to enable_gradient_release(defer=[...])"
+            )
+        self._arrived.add(id(param))
+        if id(unit) not in self._waits:
+            self._waits[id(unit)] = sum(h.param.requires_grad for h in unit.holdings)
+        self._waits[id(unit)] -= 1
+        return unit if not self._waits[id(unit)] else None
+
+    def moved(self, unit: Unit) -> None:
+        """A unit has moved."""
+        self._moved.add(id(unit))
+
+    def finish(self) -> None:
+        """The step is done."""
+        self._arrived.clear()
+        self._moved.clear()
+        self._waits.clear()
+        self.held_back = False
