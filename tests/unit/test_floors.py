@@ -35,7 +35,7 @@ FLOORS = (
         "upstream",
     ),
     ("optimizer",),
-    ("release", "checkpoint", "conversion", "precision"),
+    ("release", "checkpoint", "conversion", "precision", "estimate"),
     ("integrations", "train", "doctor"),
     ("cli", "__main__"),
 )
