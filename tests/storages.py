@@ -42,10 +42,13 @@ class LiveStorages(TorchDispatchMode):
             return NotImplemented  # DTensor does its work in operations on local tensors
         out = func(*args, **(kwargs or {}))
         given = {_key(tensor) for tensor in _tensors((args, kwargs))}
+        before = len(self._seen)
         for tensor in _tensors(out):
             if _key(tensor) not in given:
                 self._note(tensor)
-        self.look()
+        # more is held only after an allocation, or where FSDP has let storages grow
+        if len(self._seen) > before or func.namespace == "fsdp":
+            self.look()
         return out
 
     def look(self) -> int:

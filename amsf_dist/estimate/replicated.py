@@ -11,7 +11,7 @@ __all__ = ["replicated"]
 
 
 def replicated(structure: Structure, recipe: Recipe, buckets: bool) -> Ledger:
-    """The moment when backward is over, the fullest of a step.
+    """The end of backward, the fullest moment of a step.
 
     The 16-bit copies that autocast makes of weights are gone by then: backward drops two bytes
     with every gradient of four that it makes.
@@ -28,6 +28,10 @@ def replicated(structure: Structure, recipe: Recipe, buckets: bool) -> Ledger:
     parts = blocks_of(structure, recipe)
     if parts is not None:
         lines["v"] = BYTES * sum(part.num_blocks for part in parts)
-    ledger = Ledger({"weights": whole, **lines, "gradients": whole})
-    ledger.take("reduced", whole if buckets else 0)
+    ledger = Ledger({"weights": whole, **lines, "reduced": whole if buckets else 0})
+    # at the very end an embedding's gradient lies beside that of the head it is tied to
+    tied = sum(weight.numel for weight in structure.weights if weight.looked_up and weight.uses > 1)
+    part = ledger.take("gradients", tied * recipe.stored.itemsize)
+    ledger.take("gradients", whole)
+    ledger.give("gradients", part)
     return ledger
