@@ -66,7 +66,7 @@ def main() -> None:
     out = parser.parse_args().out
     found = estimate("llama-3.1-8b", engine="fsdp2", gpus=8, dtype="bf16")
     print(found)
-    draw(found, "Llama-3-8B, FSDP2 on 8 GPUs, bf16 arithmetic", out)
+    draw(found, "Llama-3.1-8B, FSDP2 on 8 GPUs, bf16 arithmetic", out)
     print(f"wrote {out} ({out.stat().st_size // 1000} kB)")
 
 

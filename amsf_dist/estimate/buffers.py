@@ -44,7 +44,7 @@ class Buffers:
             "sub_group": "sub_group_size",
         }
         given = {name: zero_optimization.get(key) for name, key in keys.items()}
-        said = {
+        said: dict[str, Any] = {
             name: value if name == "two_buckets" else int(value)
             for name, value in given.items()
             if value is not None and value != "auto"

@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_layer": 2,
         "n_head": 8,
         "n_positions": 64,
-        "vocab_size": 512,
+        "vocab_size": 256,
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
