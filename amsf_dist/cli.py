@@ -95,6 +95,7 @@ def memory(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Processes.", show_default="8; single: 1")
     ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Of all shards (HSDP, with fsdp2).")] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="bf16 (with fp32 weights where needed), fp32.")
     ] = None,
@@ -110,7 +111,7 @@ def memory(
     from amsf_dist.train.estimate import estimate, is_job
     from amsf_dist.train.preflight import local_processes, quiet_libraries
 
-    asked = engine or gpus or dtype or deepspeed or as_json
+    asked = engine or gpus or replicas > 1 or dtype or deepspeed or as_json
     if is_job(model) and not asked:
         loaded = load_config(model, overrides or [])
         from amsf_dist.train.memory import memory_table
@@ -120,7 +121,7 @@ def memory(
         typer.echo(memory_table(loaded, number))
         return
     quiet_libraries()
-    found = estimate(model, overrides or [], engine, gpus, dtype, deepspeed)
+    found = estimate(model, overrides or [], engine, gpus, replicas, dtype, deepspeed)
     typer.echo(found.as_json() if as_json else str(found))
 
 

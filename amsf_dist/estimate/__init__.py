@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from amsf_dist.estimate.buffers import Buffers
 from amsf_dist.estimate.ledger import OWNERS
-from amsf_dist.estimate.predict import ENGINES, Row, predict, rows_for
+from amsf_dist.estimate.predict import ENGINES, Cluster, Row, predict, rows_for
 from amsf_dist.estimate.recipe import Recipe, amsf_recipe, recipes
 from amsf_dist.estimate.structure import Structure, read_structure
 
@@ -16,6 +16,7 @@ __all__ = [
     "ENGINES",
     "OWNERS",
     "Buffers",
+    "Cluster",
     "Recipe",
     "Row",
     "Structure",

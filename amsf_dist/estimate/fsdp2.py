@@ -46,7 +46,7 @@ class _Unit:
         return self.late > 0 and not self.early
 
 
-def fsdp2(structure: Structure, recipe: Recipe, gpus: int) -> Ledger:
+def fsdp2(structure: Structure, recipe: Recipe, gpus: int, replicas: int = 1) -> Ledger:
     """A step on the first rank.
 
     Every unit of the structure is a `fully_shard` module of its own, and so is the model. Weights
@@ -57,31 +57,33 @@ def fsdp2(structure: Structure, recipe: Recipe, gpus: int) -> Ledger:
     Args:
         structure: of the model.
         recipe: of the optimizer.
-        gpus: ranks that share the weights.
+        gpus: ranks in all.
+        replicas: groups of ranks of which each holds all shards (HSDP).
     """
-    held = [rows_here(weight, gpus) for weight in structure.weights]
+    shards = gpus // replicas
+    held = [rows_here(weight, shards) for weight in structure.weights]
     lines = {owner: sum(map(line, held)) for owner, line in recipe.lines.items()}
     parts = blocks_of(structure, recipe)
     if parts is not None:
-        lines["v"] = BYTES * sum(in_mesh(part, gpus) for part in parts)
+        lines["v"] = BYTES * sum(in_mesh(part, replicas, shards) for part in parts)
     ledger = Ledger({"weights": sum(held) * recipe.stored.itemsize, **lines})
-    _Step(ledger, recipe, gpus).run(
-        _unit(structure.root, gpus), [_unit(unit, gpus) for unit in structure.units]
+    _Step(ledger, recipe, shards, replicas > 1).run(
+        _unit(structure.root, shards), [_unit(unit, shards) for unit in structure.units]
     )
     return ledger
 
 
-def rows_here(weight: Weight, gpus: int) -> int:
+def rows_here(weight: Weight, shards: int) -> int:
     """Numbers on the first rank: as many rows as on any, and other ranks are padded to it."""
-    return -(-weight.rows // gpus) * (weight.numel // max(weight.rows, 1))
+    return -(-weight.rows // shards) * (weight.numel // max(weight.rows, 1))
 
 
-def _unit(weights: Sequence[Weight], gpus: int) -> _Unit:
-    local = sum(rows_here(weight, gpus) for weight in weights)
+def _unit(weights: Sequence[Weight], shards: int) -> _Unit:
+    local = sum(rows_here(weight, shards) for weight in weights)
     late = [weight for weight in weights if weight.looked_up]
     return _Unit(
         local=local,
-        full=local * gpus,
+        full=local * shards,
         early=sum(weight.numel for weight in weights if not weight.looked_up),
         late=sum(weight.numel for weight in late),
         twice=sum(weight.numel for weight in late if weight.uses > 1),
@@ -91,14 +93,15 @@ def _unit(weights: Sequence[Weight], gpus: int) -> _Unit:
 class _Step:
     """Forward, backward and the end of it."""
 
-    def __init__(self, ledger: Ledger, recipe: Recipe, gpus: int) -> None:
-        self._ledger, self._gpus = ledger, gpus
+    def __init__(self, ledger: Ledger, recipe: Recipe, shards: int, replicated: bool) -> None:
+        self._ledger, self._shards, self._replicated = ledger, shards, replicated
         self._stored = recipe.stored.itemsize
         self._compute = min(recipe.stored.itemsize, recipe.compute.itemsize)
         low = recipe.compute.itemsize < REDUCE.itemsize
         self._reduce = REDUCE.itemsize if low else self._stored
         self._casts = self._compute != self._stored
         self._sent = 0  # input of the last reduce-scatter, kept until the next one
+        self._summed = 0  # what was all-reduced over replicas, kept until backward is over
 
     def run(self, root: _Unit, units: Sequence[_Unit]) -> None:
         """The root's weights are gathered first and stay for the backward pass."""
@@ -131,7 +134,7 @@ class _Step:
             self._look_ups(unit)
         for unit in (root, *left_over):
             self._reduce_unit(unit)
-        self._free("reduced", self._sent)
+        self._free("reduced", self._sent + self._summed)
 
     def _gather(self, unit: _Unit) -> int:
         """Cast, and all-gather into one buffer; on one rank there is nothing to send.
@@ -139,7 +142,7 @@ class _Step:
         Returns:
             Bytes of the buffer.
         """
-        if self._gpus == 1:
+        if self._shards == 1:
             return 0
         cast = unit.local * self._compute if self._casts else 0
         self._take("gathered", cast)
@@ -167,7 +170,9 @@ class _Step:
         if self._reduce == self._stored:  # the output is the gradient: moved, not allocated
             self._free("reduced", output)
         self._take("gradients", unit.local * self._stored)
-        if self._reduce != self._stored:
+        if self._reduce != self._stored and self._replicated:
+            self._summed += output
+        elif self._reduce != self._stored:
             self._free("reduced", output)
 
     def _take(self, owner: str, size: int) -> int:

@@ -33,9 +33,9 @@ def blocks_of(structure: Structure, recipe: Recipe) -> list[Part] | None:
         return parts_of(structure.model, {**recipe.blocks, "blocks": "auto"})
 
 
-def in_mesh(part: Part, ranks: int) -> int:
-    """Moments on the first of so many ranks that FSDP2 gives rows to."""
-    return on_paper(part, [ranks]).num_blocks
+def in_mesh(part: Part, replicas: int, shards: int) -> int:
+    """Moments on the first of the ranks that FSDP2 gives rows to."""
+    return on_paper(part, [replicas, shards] if replicas > 1 else [shards]).num_blocks
 
 
 def in_interval(part: Part, start: int, stop: int) -> int:

@@ -16,17 +16,56 @@ from amsf_dist.estimate.structure import Structure
 from amsf_dist.estimate.zero import zero
 from amsf_dist.estimate.zero3 import zero3
 
-__all__ = ["ENGINES", "Row", "predict", "rows_for"]
+__all__ = ["ENGINES", "Cluster", "Row", "predict", "rows_for"]
 
-_Engine = Callable[[Structure, Recipe, int, Buffers], Ledger]
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many, and how they are told to share.
+
+    Attributes:
+        gpus: processes; 1 for "single".
+        replicas: of all shards together, under "fsdp2" (HSDP).
+        buffers: of DeepSpeed.
+    """
+
+    gpus: int
+    replicas: int = 1
+    buffers: Buffers = Buffers()
+
+    def check(self, engine: str) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            ValueError: with the range.
+        """
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+        if self.gpus < 1 or (engine == "single" and self.gpus != 1):
+            raise ValueError(f"gpus must be 1 for single and at least 1 otherwise; got {self.gpus}")
+        if self.replicas < 1 or self.gpus % self.replicas:
+            raise ValueError(f"replicas must divide the {self.gpus} gpus; got {self.replicas}")
+        if self.replicas > 1 and engine != "fsdp2":
+            raise ValueError(f"replicas go with fsdp2, not {engine}")
+
+
+_Engine = Callable[[Structure, Recipe, Cluster], Ledger]
 
 ENGINES: dict[str, _Engine] = {
-    "single": lambda structure, recipe, gpus, buffers: replicated(structure, recipe, False),
-    "ddp": lambda structure, recipe, gpus, buffers: replicated(structure, recipe, True),
-    "fsdp2": lambda structure, recipe, gpus, buffers: fsdp2(structure, recipe, gpus),
-    "zero1": lambda structure, recipe, gpus, buffers: zero(structure, recipe, gpus, 1, buffers),
-    "zero2": lambda structure, recipe, gpus, buffers: zero(structure, recipe, gpus, 2, buffers),
-    "zero3": lambda structure, recipe, gpus, buffers: zero3(structure, recipe, gpus, buffers),
+    "single": lambda structure, recipe, cluster: replicated(structure, recipe, False),
+    "ddp": lambda structure, recipe, cluster: replicated(structure, recipe, True),
+    "fsdp2": lambda structure, recipe, cluster: fsdp2(
+        structure, recipe, cluster.gpus, cluster.replicas
+    ),
+    "zero1": lambda structure, recipe, cluster: zero(
+        structure, recipe, cluster.gpus, 1, cluster.buffers
+    ),
+    "zero2": lambda structure, recipe, cluster: zero(
+        structure, recipe, cluster.gpus, 2, cluster.buffers
+    ),
+    "zero3": lambda structure, recipe, cluster: zero3(
+        structure, recipe, cluster.gpus, cluster.buffers
+    ),
 }
 
 
@@ -57,46 +96,36 @@ class Row:
         return self.total / max(self.updated, 1)
 
 
-def predict(
-    structure: Structure, recipe: Recipe, engine: str, gpus: int, buffers: Buffers | None = None
-) -> Row:
+def predict(structure: Structure, recipe: Recipe, engine: str, cluster: Cluster) -> Row:
     """The fullest moment of a step, without activations.
 
     Args:
         structure: of the model.
         recipe: of the optimizer.
         engine: one of `ENGINES`.
-        gpus: processes; 1 for "single".
-        buffers: of DeepSpeed; None: its defaults.
+        cluster: the processes.
 
     Raises:
         ValueError: the engine is not known, or the number of processes makes no sense for it.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-    if gpus < 1 or (engine == "single" and gpus != 1):
-        raise ValueError(f"gpus must be 1 for single and at least 1 otherwise; got {gpus}")
-    ledger = ENGINES[engine](structure, recipe, gpus, buffers or Buffers())
-    shards = 1 if engine in ("single", "ddp") else gpus
+    cluster.check(engine)
+    ledger = ENGINES[engine](structure, recipe, cluster)
+    shards = 1 if engine in ("single", "ddp") else cluster.gpus // cluster.replicas
     owners, gathered = ledger.at_the_fullest(), ledger.most["gathered"]
     return Row(recipe.name, owners, gathered, structure.numel / shards)
 
 
-def rows_for(
-    structure: Structure,
-    engine: str,
-    gpus: int,
-    dtype: torch.dtype,
-    buffers: Buffers | None = None,
-) -> list[Row]:
+def rows_for(structure: Structure, engine: str, cluster: Cluster, dtype: torch.dtype) -> list[Row]:
     """The table: AdamW, Adam-mini, FlashAdamW and AMSF's settings, where the engine has them.
 
     Args:
         structure: of the model.
         engine: one of `ENGINES`.
-        gpus: processes.
+        cluster: the processes.
         dtype: bf16 or fp32, see `recipes`.
-        buffers: of DeepSpeed; None: its defaults.
+
+    Raises:
+        ValueError: as `predict`.
     """
     found = recipes(engine.startswith("zero"), dtype)
-    return [predict(structure, recipe, engine, gpus, buffers) for recipe in found]
+    return [predict(structure, recipe, engine, cluster) for recipe in found]

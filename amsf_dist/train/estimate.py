@@ -11,7 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from amsf_dist.estimate import ENGINES, Buffers, Row, Structure, read_structure, rows_for
+from amsf_dist.estimate import (
+    ENGINES,
+    Buffers,
+    Cluster,
+    Row,
+    Structure,
+    read_structure,
+    rows_for,
+)
 from amsf_dist.train.config_file import did_you_mean, load_config
 from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.known_models import KNOWN_MODELS
@@ -74,6 +82,7 @@ class Estimate:
         model: as the user named it.
         engine: one of `amsf_dist.estimate.ENGINES`.
         gpus: processes.
+        replicas: of all shards together.
         dtype: "bf16" or "fp32".
         parameters: of the model.
         rows: one per optimizer.
@@ -82,6 +91,7 @@ class Estimate:
     model: str
     engine: str
     gpus: int
+    replicas: int
     dtype: str
     parameters: int
     rows: tuple[Row, ...]
@@ -109,6 +119,7 @@ class Estimate:
 
     def _title(self) -> str:
         where = f"{self.engine} on {self.gpus} GPUs" if self.gpus > 1 else f"{self.engine}, one GPU"
+        where += f", {self.replicas} replicas" if self.replicas > 1 else ""
         return f"{self.model}: {self.parameters:,} parameters, {where}, {self.dtype}"
 
     def _notes(self) -> list[str]:
@@ -128,6 +139,7 @@ def estimate(
     overrides: Sequence[str] = (),
     engine: str | None = None,
     gpus: int | None = None,
+    replicas: int = 1,
     dtype: str | None = None,
     deepspeed: str | None = None,
 ) -> Estimate:
@@ -138,6 +150,7 @@ def estimate(
         overrides: see `structure_of`.
         engine: None: fsdp2.
         gpus: None: 8, or 1 for single.
+        replicas: of all shards together (HSDP).
         dtype: "bf16" or "fp32"; None: bf16.
         deepspeed: DeepSpeed's JSON file, for the sizes of its buffers; None: its defaults.
 
@@ -151,12 +164,13 @@ def estimate(
     if engine not in ENGINES:
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}; got {engine}")
     buffers = Buffers() if deepspeed is None else _buffers(deepspeed, engine)
+    cluster = Cluster(gpus, replicas, buffers)
     structure = structure_of(model, overrides)
     try:
-        rows = rows_for(structure, engine, gpus, _DTYPES[dtype], buffers)
+        rows = rows_for(structure, engine, cluster, _DTYPES[dtype])
     except ValueError as error:
         raise UserError(f"{model}: {error}") from None
-    return Estimate(model, engine, gpus, dtype, structure.numel, tuple(rows))
+    return Estimate(model, engine, gpus, replicas, dtype, structure.numel, tuple(rows))
 
 
 def _buffers(file: str, engine: str) -> Buffers:

@@ -19,7 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
 from amsf_dist import AMSF
-from amsf_dist.estimate import Recipe, Row, Structure, amsf_recipe, predict, read_structure, recipes
+from amsf_dist.estimate import (
+    Cluster,
+    Recipe,
+    Row,
+    Structure,
+    amsf_recipe,
+    predict,
+    read_structure,
+    recipes,
+)
 from amsf_dist.estimate.buffers import Buffers
 from amsf_dist.estimate.zero3 import zero3
 
@@ -66,6 +75,7 @@ class Run:
     compute: torch.dtype = torch.float32
     amsf: dict[str, Any] | None = field(default_factory=dict)  # None: AdamW
     zero: dict[str, Any] = field(default_factory=dict)
+    replicas: int = 1
 
     @property
     def recipe(self) -> Recipe:
@@ -85,6 +95,10 @@ RUNS = {
         Run("fsdp2", "gpt2", BF16, BF16, LOW),
         Run("ddp", "gpt2", BF16, BF16, {"weight_storage": "bf16+16", "state_storage": "bf16"}),
         Run("ddp", "llama", compute=BF16, amsf=None),
+    ],
+    "hybrid": [
+        Run("fsdp2", "llama", BF16, BF16, {**LOW, "state_storage": "bf16"}, replicas=2),
+        Run("fsdp2", "gpt2", compute=BF16, amsf=None, replicas=2),
     ],
     "alone": [
         Run("single", "llama", compute=BF16, amsf={"averaging": "ema", "blocks": "adam_mini"}),
@@ -121,7 +135,7 @@ def predicted(run: Run, ranks: int) -> Row:
     if run.engine == "zero3":
         ledger = zero3(structure, run.recipe, ranks, buffers, on_cpu=True)
         return Row("", ledger.at_the_fullest(), ledger.most["gathered"], structure.numel)
-    return predict(structure, run.recipe, run.engine, ranks, buffers)
+    return predict(structure, run.recipe, run.engine, Cluster(ranks, run.replicas, buffers))
 
 
 def measured(run: Run) -> dict[str, int]:
@@ -193,7 +207,10 @@ def start(run: Run) -> tuple[Any, Any, Any, Any]:
             param_dtype=run.compute if run.compute != run.stored else None,
             reduce_dtype=torch.float32 if narrow else None,
         )
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        ranks = dist.get_world_size()
+        hybrid, names = (run.replicas, ranks // run.replicas), ("replica", "shard")
+        mesh = init_device_mesh("cpu", hybrid, mesh_dim_names=names)
+        mesh = mesh if run.replicas > 1 else mesh["shard"]
         for module in (*sharding_units(model), model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     elif run.compute != run.stored:
@@ -227,7 +244,9 @@ def all_measured(kind: str) -> list[dict[str, int]]:
     return [measured(run) for run in RUNS[kind]]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("alone", 1), ("torch", 2), ("deepspeed", 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("alone", 1), ("torch", 2), ("hybrid", 4), ("deepspeed", 2)]
+)
 def test_the_prediction_is_what_a_run_allocates(kind: str, ranks: int) -> None:
     by_rank = run_ranks(ranks, all_measured, kind)
     for index, run in enumerate(RUNS[kind]):

@@ -15,6 +15,7 @@ from amsf_dist import cli
 from amsf_dist.estimate import (
     ENGINES,
     Buffers,
+    Cluster,
     Structure,
     amsf_recipe,
     predict,
@@ -83,7 +84,9 @@ def test_bytes_per_parameter_on_one_gpu(
 ) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(64, 4096, bias=False), nn.Linear(4096, 64, bias=False))
-    row = predict(read_structure(model), amsf_recipe("", BF16, BF16, **options), "single", 1)
+    row = predict(
+        read_structure(model), amsf_recipe("", BF16, BF16, **options), "single", Cluster(1)
+    )
     moments = row.owners.pop("v")
     assert moments == 4 * (4096 + 64)
     assert row.per_parameter == bytes_per_parameter
@@ -92,7 +95,7 @@ def test_bytes_per_parameter_on_one_gpu(
 def test_the_other_optimizers() -> None:
     with torch.device("meta"):
         structure = read_structure(nn.Linear(1024, 1024, bias=False))
-    found = {row.name: row for row in rows_for(structure, "single", 1, BF16)}
+    found = {row.name: row for row in rows_for(structure, "single", Cluster(1), BF16)}
     assert found["AdamW"].per_parameter == 4 + 4 + 4 + 4
     assert found["FlashAdamW"].per_parameter == 2 + 1 + 2 * (1 + 2 / 32) + 2
     assert found["Adam-mini"].per_parameter == 4 + 4 + 4 + 4 / 1024
@@ -104,7 +107,9 @@ def test_shards_get_smaller_and_what_is_whole_stays(engine: str) -> None:
     buffers = Buffers(reduce_bucket=20_000, prefetch=10_000, live=30_000, reuse=1, persistent=100)
     structure = small()
     recipe = recipes(engine.startswith("zero"), FP32)[0]
-    rows = [predict(structure, recipe, engine, gpus, buffers) for gpus in (2, 4, 8, 16)]
+    rows = [
+        predict(structure, recipe, engine, Cluster(gpus, buffers=buffers)) for gpus in (2, 4, 8, 16)
+    ]
     totals = [row.total for row in rows]
     assert totals == sorted(totals, reverse=True)
     state = [row.owners["exp_avg"] for row in rows]
@@ -117,15 +122,28 @@ def test_shards_get_smaller_and_what_is_whole_stays(engine: str) -> None:
 def test_ddp_is_a_copy_and_its_buckets() -> None:
     structure = small()
     for recipe in recipes(False, BF16):
-        alone = predict(structure, recipe, "single", 1)
-        ddp = predict(structure, recipe, "ddp", 8)
+        alone = predict(structure, recipe, "single", Cluster(1))
+        ddp = predict(structure, recipe, "ddp", Cluster(8))
         assert ddp.total - alone.total == structure.numel * recipe.stored.itemsize
+
+
+def test_replicas_hold_what_their_shards_hold_and_the_sums_over_replicas() -> None:
+    structure = small()
+    for recipe in recipes(False, BF16):
+        plain = predict(structure, recipe, "fsdp2", Cluster(4))
+        hybrid = predict(structure, recipe, "fsdp2", Cluster(8, replicas=2))
+        kept = 4 * structure.numel / 4 if recipe.stored == BF16 else 0  # reduced in fp32
+        assert plain.total <= hybrid.total <= 1.01 * (plain.total + kept)
+        assert plain.owners["weights"] == hybrid.owners["weights"]
 
 
 def test_fsdp2_on_one_gpu_still_makes_whole_weights() -> None:
     structure = small()
     recipe = recipes(False, BF16)[0]
-    row, alone = predict(structure, recipe, "fsdp2", 1), predict(structure, recipe, "single", 1)
+    row, alone = (
+        predict(structure, recipe, "fsdp2", Cluster(1)),
+        predict(structure, recipe, "single", Cluster(1)),
+    )
     assert row.owners["weights"] == alone.owners["weights"]
     assert row.gathered > 0 and alone.gathered == 0
 
@@ -135,9 +153,10 @@ def test_buckets_of_deepspeed_are_read_from_its_file() -> None:
     assert Buffers.of(told) == Buffers(reduce_bucket=5_000_000, two_buckets=True)
     structure, recipe = small(), recipes(True, FP32)[0]
     for engine in ("zero1", "zero2", "zero3"):
-        default = predict(structure, recipe, engine, 2)
+        default = predict(structure, recipe, engine, Cluster(2))
         assert default.owners["reduced"] >= 4 * 500_000_000
-        assert predict(structure, recipe, engine, 2, Buffers(10_000)).total < default.total
+        little = predict(structure, recipe, engine, Cluster(2, buffers=Buffers(10_000)))
+        assert little.total < default.total
 
 
 def test_the_ledger_remembers_the_fullest_moment() -> None:
@@ -185,6 +204,8 @@ def test_the_command_refuses_with_the_cure(
     assert "must be one of single, ddp" in refused(capsys, "gpt2", "--engine", "zero4")
     assert "bf16 or fp32" in refused(capsys, "gpt2", "--dtype", "fp8")
     assert "must be 1 for single" in refused(capsys, "gpt2", "--engine", "single", "--gpus", 2)
+    assert "divide the 8 gpus" in refused(capsys, "gpt2", "--replicas", 3)
+    assert "go with fsdp2, not ddp" in refused(capsys, "gpt2", "--engine", "ddp", "--replicas", 2)
     assert "config.json does not exist" in refused(capsys, tmp_path)
     assert "YAML of a job" in refused(capsys, "gpt2", "steps=3")
     file = tmp_path / "ds.json"
