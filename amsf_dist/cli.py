@@ -90,7 +90,7 @@ def memory(
     overrides: Overrides = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="single, ddp, fsdp2, zero1, zero2, zero3.", show_default="fsdp2"),
+        typer.Option(help="single, ddp, fsdp1, fsdp2, zero1, zero2, zero3.", show_default="fsdp2"),
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Processes.", show_default="8; single: 1")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from amsf_dist.estimate.buffers import Buffers
+from amsf_dist.estimate.fsdp1 import fsdp1
 from amsf_dist.estimate.fsdp2 import fsdp2
 from amsf_dist.estimate.ledger import Ledger
 from amsf_dist.estimate.recipe import Recipe, recipes
@@ -54,6 +55,7 @@ _Engine = Callable[[Structure, Recipe, Cluster], Ledger]
 ENGINES: dict[str, _Engine] = {
     "single": lambda structure, recipe, cluster: replicated(structure, recipe, False),
     "ddp": lambda structure, recipe, cluster: replicated(structure, recipe, True),
+    "fsdp1": lambda structure, recipe, cluster: fsdp1(structure, recipe, cluster.gpus),
     "fsdp2": lambda structure, recipe, cluster: fsdp2(
         structure, recipe, cluster.gpus, cluster.replicas
     ),
@@ -128,4 +130,6 @@ def rows_for(structure: Structure, engine: str, cluster: Cluster, dtype: torch.d
         ValueError: as `predict`.
     """
     found = recipes(engine.startswith("zero"), dtype)
+    if engine == "fsdp1":  # which FlashOptim does not support
+        found = [recipe for recipe in found if recipe.name != "FlashAdamW"]
     return [predict(structure, recipe, engine, cluster) for recipe in found]

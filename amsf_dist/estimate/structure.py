@@ -70,7 +70,7 @@ def read_structure(model: nn.Module, units: Iterable[nn.Module] = ()) -> Structu
 
     Args:
         model: on any device, not wrapped.
-        units: modules that are sharded on their own under FSDP2, inner ones before outer ones
+        units: modules that are sharded on their own under FSDP, inner ones before outer ones
             where they nest, as `fully_shard` wants them.
     """
     holders: dict[Tensor, list[nn.Module]] = {}

@@ -23,7 +23,7 @@ from amsf_dist.estimate import (
 from amsf_dist.train.config_file import did_you_mean, load_config
 from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.known_models import KNOWN_MODELS
-from amsf_dist.train.model import model_config, sharding_units
+from amsf_dist.train.model import decoder_layers, model_config, sharding_units
 from amsf_dist.train.report import human_bytes
 from amsf_dist.train.tokens import load_tokenizer
 from amsf_dist.train.zero.config import read_deepspeed_json
@@ -48,13 +48,14 @@ def is_job(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
 
-def structure_of(name: str, overrides: Sequence[str] = ()) -> Structure:
+def structure_of(name: str, overrides: Sequence[str] = (), engine: str = "fsdp2") -> Structure:
     """Build a model's shapes on the meta device; nothing is downloaded and no weights are made.
 
     Args:
         name: a job's YAML, a directory with a config.json, the file itself, or one of
             `KNOWN_MODELS`.
         overrides: `key=value` of the job.
+        engine: FSDP1 wraps decoder layers, FSDP2 embedding and head too.
 
     Raises:
         UserError: there is no such model, or `transformers` refuses it.
@@ -71,7 +72,7 @@ def structure_of(name: str, overrides: Sequence[str] = ()) -> Structure:
             model = _class(found).from_config(found, dtype=torch.float32)
     except Exception as error:
         raise UserError(f"{name}: transformers refuses it: {one_line(error, 300)}") from None
-    return read_structure(model, sharding_units(model))
+    return read_structure(model, (decoder_layers if engine == "fsdp1" else sharding_units)(model))
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def estimate(
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}; got {engine}")
     buffers = Buffers() if deepspeed is None else _buffers(deepspeed, engine)
     cluster = Cluster(gpus, replicas, buffers)
-    structure = structure_of(model, overrides)
+    structure = structure_of(model, overrides, engine)
     try:
         rows = rows_for(structure, engine, cluster, _DTYPES[dtype])
     except ValueError as error:

@@ -14,7 +14,13 @@ from ranks import run_ranks
 from storages import LiveStorages, held
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -93,6 +99,9 @@ RUNS = {
         Run("fsdp2", "llama", BF16, BF16, {**LOW, "state_storage": "bf16"}),
         Run("fsdp2", "gpt2", BF16, BF16, {"weight_storage": "stochastic", "state_storage": "bf16"}),
         Run("fsdp2", "gpt2", BF16, BF16, LOW),
+        Run("fsdp1", "llama", amsf=None),
+        Run("fsdp1", "llama", BF16, BF16, {**LOW, "state_storage": "bf16"}),
+        Run("fsdp1", "gpt2", compute=BF16),
         Run("ddp", "gpt2", BF16, BF16, {"weight_storage": "bf16+16", "state_storage": "bf16"}),
         Run("ddp", "llama", compute=BF16, amsf=None),
     ],
@@ -107,10 +116,8 @@ RUNS = {
     ],
     "deepspeed": [
         Run("zero1", "llama", zero=BUCKETS),
-        Run("zero1", "gpt2", compute=BF16, amsf={"state_storage": "bf16"}, zero=BUCKETS),
         Run("zero2", "gpt2", amsf=None, zero=BUCKETS),
-        Run("zero2", "llama", compute=BF16, zero=BUCKETS),
-        Run("zero3", "llama", zero=BUCKETS),
+        Run("zero2", "llama", compute=BF16, amsf={"state_storage": "bf16"}, zero=BUCKETS),
         Run("zero3", "llama", amsf=None, zero=BUCKETS | LITTLE_AT_ONCE),
         Run("zero3", "gpt2", compute=BF16, amsf={"state_storage": "bf16"}, zero=BUCKETS),
     ],
@@ -120,13 +127,14 @@ RUNS = {
 def build(run: Run, device: str) -> tuple[nn.Module, Structure]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from amsf_dist.train.model import sharding_units
+    from amsf_dist.train.model import decoder_layers, sharding_units
 
     config = AutoConfig.for_model(run.model, **MODELS[run.model])
     config.use_cache = False
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=run.stored).train()
-    return model, read_structure(model, sharding_units(model))
+    units = (decoder_layers if run.engine == "fsdp1" else sharding_units)(model)
+    return model, read_structure(model, units)
 
 
 def predicted(run: Run, ranks: int) -> Row:
@@ -213,6 +221,18 @@ def start(run: Run) -> tuple[Any, Any, Any, Any]:
         mesh = mesh if run.replicas > 1 else mesh["shard"]
         for module in (*sharding_units(model), model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+    elif run.engine == "fsdp1":
+        from amsf_dist.train.model import decoder_layers
+
+        layers = {type(layer) for layer in decoder_layers(model)}
+        narrow = run.compute == BF16
+        model = FullyShardedDataParallel(
+            model,
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+            auto_wrap_policy=ModuleWrapPolicy(layers),
+            mixed_precision=MixedPrecision(BF16, torch.float32) if narrow else None,
+        )
     elif run.compute != run.stored:
         context = torch.autocast("cpu", run.compute)
     if run.engine == "ddp":
