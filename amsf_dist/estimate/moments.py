@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from amsf_dist.audit import parts_of
 from amsf_dist.estimate.recipe import Recipe
 from amsf_dist.estimate.structure import Structure
@@ -46,8 +44,3 @@ def in_interval(part: Part, start: int, stop: int) -> int:
         return part.num_blocks  # its rows lie across memory
     size = part.blocks.block_numel
     return (stop - 1) // size - start // size + 1
-
-
-def total(parts: Sequence[Part] | None, counts: Sequence[int]) -> int:
-    """Bytes of moments; 0 for a recipe without blocks."""
-    return BYTES * sum(counts) if parts is not None else 0

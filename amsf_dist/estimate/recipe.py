@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Recipe:
     stored: torch.dtype
     compute: torch.dtype
     lines: Mapping[str, Bytes]
-    blocks: Mapping[str, Any] | None = field(default=None)
+    blocks: Mapping[str, Any] | None = None
 
 
 def recipes(engine_has_masters: bool, dtype: torch.dtype) -> list[Recipe]:
