@@ -17,12 +17,12 @@ from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
 from amsf_dist.kernels.grouping import num_groups
 from amsf_dist.rules import RULES
-from amsf_dist.shards import Layout, flats_of, locate, on_paper
+from amsf_dist.shards import Flats, Layout, Part, flats_of, locate, on_paper
 from amsf_dist.state import STASH, WEIGHT
 from amsf_dist.storage import state_storage, weight_storage
 from amsf_dist.storage.grouped import SCALE_DTYPE
 
-__all__ = ["Explanation", "Row", "explain", "explain_holdings", "memory"]
+__all__ = ["Explanation", "Row", "explain", "explain_holdings", "memory", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,10 @@ def explain(
     Raises:
         TypeError, ValueError: as `AMSF` does.
     """
-    hyper = Hyper.of(amsf_kwargs)
-    named = trainable(model)
-    group = {
-        **hyper.as_group(),
-        "params": [param for _, param in named],
-        "param_names": [name for name, _ in named],
-    }
-    block_rules.check(hyper.blocks)
-    flats = flats_of(model)
+    hyper, flats = Hyper.of(amsf_kwargs), flats_of(model)
     storage, lines = hyper.state_storage, RULES[hyper.averaging].lines
     rows: list[Row] = []
-    for (_, param), parts in zip(
-        named, cut_lines(group, read_architecture(model), flats), strict=True
-    ):
+    for param, parts in _cut(model, hyper, flats):
         one = torch.empty(1, dtype=param.dtype, device="meta")
         kept = state_storage(storage, param.dtype)
         line = kept.allocate("line", one).values()
@@ -133,6 +123,19 @@ def explain(
         per_number = len(lines) * sum(map(_bytes, line)) + sum(map(_bytes, errors))
         rows += _rows(layout, param, per_number, len(lines) if kept.group else 0)
     return Explanation(tuple(rows))
+
+
+def parts_of(model: nn.Module, options: Mapping[str, Any]) -> list[Part]:
+    """The trainable parameters of a plain model, on any device, and how each is cut in blocks.
+
+    Args:
+        model: not wrapped.
+        options: arguments of `AMSF`.
+
+    Raises:
+        TypeError, ValueError: as `AMSF` does.
+    """
+    return [part for _, parts in _cut(model, Hyper.of(options), {}) for part in parts]
 
 
 def explain_holdings(holdings: Sequence[Holding]) -> Explanation:
@@ -168,6 +171,19 @@ def memory(
             owners["y"] = owners.get("y", 0) + _bytes(stash)
     owners["total"] = sum(owners.values())
     return owners
+
+
+def _cut(
+    model: nn.Module, hyper: Hyper, flats: Flats
+) -> Iterator[tuple[nn.Parameter, tuple[Part, ...]]]:
+    named = trainable(model)
+    group = {
+        **hyper.as_group(),
+        "params": [param for _, param in named],
+        "param_names": [name for name, _ in named],
+    }
+    block_rules.check(hyper.blocks)
+    yield from zip(group["params"], cut_lines(group, read_architecture(model), flats), strict=True)
 
 
 def _rows(layout: Layout, param: Tensor, per_number: int, grouped: int) -> Iterator[Row]:

@@ -79,15 +79,50 @@ def explain(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def memory(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the bytes that each process will hold, by owner: AMSF beside AdamW in fp32."""
-    loaded = load_config(config, overrides or [])
-    from amsf_dist.train.memory import memory_table
+def memory(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A job's YAML, a model directory, a config.json, or a name: llama-3.1-8b, ...",
+        ),
+    ],
+    overrides: Overrides = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="single, ddp, fsdp1, fsdp2, zero1, zero2, zero3.", show_default="fsdp2"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Processes.", show_default="8; single: 1")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Of all shards (HSDP, with fsdp2).")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (with fp32 weights where needed), fp32.")
+    ] = None,
+    deepspeed: Annotated[
+        str | None, typer.Option(help="DeepSpeed JSON with the sizes of ZeRO's buffers.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the bytes that each process will hold, by owner: AdamW and others beside AMSF.
+
+    A YAML alone is predicted as its job will run; with any option it names a model like the others.
+    """
+    from amsf_dist.train.estimate import estimate, is_job
     from amsf_dist.train.preflight import local_processes, quiet_libraries
 
+    asked = engine or gpus or replicas > 1 or dtype or deepspeed or as_json
+    if is_job(model) and not asked:
+        loaded = load_config(model, overrides or [])
+        from amsf_dist.train.memory import memory_table
+
+        quiet_libraries()
+        number = int(os.environ.get("WORLD_SIZE", 0)) or local_processes(loaded)
+        typer.echo(memory_table(loaded, number))
+        return
     quiet_libraries()
-    number = int(os.environ.get("WORLD_SIZE", 0)) or local_processes(loaded)
-    typer.echo(memory_table(loaded, number))
+    found = estimate(model, overrides or [], engine, gpus, replicas, dtype, deepspeed)
+    typer.echo(found.as_json() if as_json else str(found))
 
 
 @app.command()

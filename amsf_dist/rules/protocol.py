@@ -54,6 +54,9 @@ class Rule(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """New second moment and the factor of the gradient, for some blocks.
 
+        Rows, columns and the whole of a factored matrix are asked for one by one; the factor of an
+        element is that of its row times that of its column, divided by that of the whole.
+
         Args:
             exp_avg_sq: [num_blocks], the moment so far.
             mean_sq: [num_blocks], mean of the squared gradient over each block, this step.
@@ -78,7 +81,7 @@ class Rule(Protocol):
         Args:
             weight: [num_blocks, numel_per_block], the weights y.
             grad: same shape.
-            scale: [num_blocks, 1], from `block_scale`.
+            scale: [num_blocks, 1], from `block_scale`, or the shape of weight (factored).
             lines: same shape as weight, in the order of `self.lines`.
             decays: whether weight decay applies to this parameter.
             c: the parameter's scalars.

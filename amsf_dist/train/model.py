@@ -21,7 +21,14 @@ from amsf_dist.train.config import Config
 from amsf_dist.train.config_file import did_you_mean
 from amsf_dist.train.errors import UserError, one_line
 
-__all__ = ["build_model", "decoder_layers", "model_config", "model_directory", "weights_dtype"]
+__all__ = [
+    "build_model",
+    "decoder_layers",
+    "model_config",
+    "model_directory",
+    "sharding_units",
+    "weights_dtype",
+]
 
 VOCABULARY_MULTIPLE = (
     64  # a new model's vocabulary is rounded up: rows that divide evenly over shards
@@ -114,6 +121,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         return layers
     stacks = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(stacks, key=len, default=[])
+
+
+def sharding_units(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that FSDP2 shards on their own, before the model itself.
+
+    Embedding and head are units, unless they are tied: one parameter belongs to one unit, and then
+    they stay in the root's.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = head is not None and head.weight is not embedding.weight
+    return [*([embedding, head] if apart else []), *decoder_layers(model)]
 
 
 def model_directory(config: Config) -> Path:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError
-from amsf_dist.train.model import build_model, decoder_layers
+from amsf_dist.train.model import build_model, sharding_units
 
 __all__ = [
     "World",
@@ -174,14 +174,8 @@ def _shard_and_fill(
         param_dtype=torch.bfloat16 if config.precision == "mixed" else None,
         reduce_dtype=None if config.precision == "fp32" else torch.float32,
     )
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        # Tied, they stay in the root's group: one parameter belongs to one group.
-        fully_shard(embedding, mesh=mesh, mp_policy=policy)
-        fully_shard(head, mesh=mesh, mp_policy=policy)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in (*sharding_units(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)

@@ -38,7 +38,7 @@ FLOORS = (
         "upstream",
     ),
     ("optimizer",),
-    ("release", "checkpoint", "conversion", "precision"),
+    ("release", "checkpoint", "conversion", "precision", "estimate"),
     ("integrations", "train", "doctor"),
     ("cli", "__main__"),
 )

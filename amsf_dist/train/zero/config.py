@@ -14,7 +14,7 @@ from typing import Any
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError, one_line
 
-__all__ = ["deepspeed_config", "read_deepspeed_file", "stage_of"]
+__all__ = ["deepspeed_config", "read_deepspeed_file", "read_deepspeed_json", "stage_of"]
 
 _LEFT_OUT = (None, "auto")
 
@@ -62,7 +62,15 @@ def read_deepspeed_file(config: Config) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, or no JSON object.
     """
-    path = Path(str(config.deepspeed))
+    return read_deepspeed_json(Path(str(config.deepspeed)))
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Return what a DeepSpeed file says.
+
+    Raises:
+        UserError: if it is missing, or no JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError:
