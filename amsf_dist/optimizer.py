@@ -216,6 +216,7 @@ class AMSF(TwoModes):
             RuntimeError: a step is half done.
         """
         self._progress.refuse_between()
+        self._watch.refuse_replaced(self.param_groups)
         self._split = None if units is None else [list(unit) for unit in units]
         self._plan = None
         self._ready()
@@ -235,7 +236,7 @@ class AMSF(TwoModes):
         if unit is None:
             return
         if not self._progress.begun:
-            self._watch.before_step(self.param_groups, current.holdings)
+            self._watch.inside_backward(self.param_groups, current.holdings)
         self.update(unit)
         self._progress.moved(unit)
         _free(unit)

@@ -40,10 +40,21 @@ class Watch:
     def before_step(self, groups: Sequence[Mapping[str, Any]], holdings: Sequence[Holding]) -> None:
         """Raise RuntimeError, before anything has changed, for what cannot be right."""
         checks.refuse_gradients(groups)
+        self.refuse_replaced(groups)
+        self._refuse_mixed_up(holdings)
+
+    def inside_backward(
+        self, groups: Sequence[Mapping[str, Any]], holdings: Sequence[Holding]
+    ) -> None:
+        """The same where FSDP has put gathered weights in the place of ours for a while."""
+        checks.refuse_gradients(groups)
+        self._refuse_mixed_up(holdings)
+
+    def refuse_replaced(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise RuntimeError if the model has dropped our parameters for others; look once."""
         if not self._proven and (model := self.model) is not None:
             self._proven = True
             checks.refuse_replaced(model, groups)
-        self._refuse_mixed_up(holdings)
 
     def between_steps(self, holdings: Sequence[Holding]) -> None:
         """Before the weights are read or written as a whole."""
