@@ -25,6 +25,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "weight_storage": ("auto", "native", "kahan", "bf16+8", "bf16+16", "stochastic"),
     "state_storage": ("auto", "fp32", "bf16", "int8"),
     "lr_adaptation": (None,),
+    "clip": (None, "block", "tensor", "norm"),
 }
 
 
@@ -55,6 +56,8 @@ class Hyper:
     lr_adaptation: str | None = None
     seed: int = 0
     deterministic: bool = False
+    clip: str | None = None
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -81,6 +84,22 @@ class Hyper:
         _choice("averaging", self.averaging, tuple(RULES))
         for name, allowed in _CHOICES.items():
             _choice(name, getattr(self, name), allowed)
+        self._check_clip()
+
+    def _check_clip(self) -> None:
+        if self.max_norm is not None:
+            _number("max_norm", self.max_norm, low=0.0, open_low=True)
+            if self.clip not in (None, "norm"):
+                raise ValueError(
+                    f"max_norm={self.max_norm} is the limit of clip='norm', got clip={self.clip!r}"
+                )
+        elif self.clip == "norm":
+            raise ValueError("clip='norm' needs max_norm, the largest norm of all gradients")
+        if self.deterministic and (self.clip in ("norm", "tensor") or self.max_norm is not None):
+            raise ValueError(
+                "norms are sums whose bits depend on the number of ranks: with deterministic=True "
+                "use clip='block'"
+            )
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Hyper:
@@ -110,6 +129,8 @@ class Hyper:
         group = self.as_given()
         if self.decouple_lr and self.max_lr is None:
             group["max_lr"] = float(self.lr)
+        if self.max_norm is not None:
+            group["clip"] = "norm"
         return group
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amsf_dist import kernels, portable, stamp
 from amsf_dist.blocks import canonical_name
+from amsf_dist.clipping import COUNTER
 from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding, Partition
@@ -32,6 +33,8 @@ _STRUCTURE = (
     "state_storage",
     "seed",
     "deterministic",
+    "clip",
+    "max_norm",
 )
 
 
@@ -201,8 +204,8 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
     for key, value in ours.items():
         if key == STASH or (key not in saved and key in holding.error_keys):
             continue  # weights saved without error bits are those weights
-        if key in scales and key not in saved:
-            continue  # lines saved in another storage
+        if key in (*scales, COUNTER) and key not in saved:
+            continue  # lines saved in another storage, a run that did not clip
         if key not in saved:
             option = "blocks=" if key in moments and key != MOMENT else "averaging="
             raise ValueError(
@@ -248,7 +251,7 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
             kernels.gather_(moments[key], saved[key].to(value).reshape(-1))
         elif key in moments and tuple(saved[key].shape) != tuple(value.shape):
             copy_into(value, _by_block(moments[key], saved[key])[:, 0].view(value.shape))
-        elif key in holding.error_keys and key not in saved:
+        elif key in (*holding.error_keys, COUNTER) and key not in saved:
             value.zero_()
         elif key != STASH and key not in in_lines:
             copy_into(value, saved[key])

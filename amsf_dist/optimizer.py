@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amsf_dist import audit, groups, loading, plan
+from amsf_dist import audit, clipping, groups, loading, plan
 from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.hyper import Hyper
@@ -61,6 +61,10 @@ class AMSF(TwoModes):
         seed: of stochastic rounding.
         deterministic: block moments with the same bits for any number of ranks that see the same
             gradients, for a second pass over them and a second all-reduce (amsf_dist/exact.py).
+        clip: "norm": all gradients by their norm, as `clip_grad_norm_` does, agreed on in the same
+            all-reduce; "block": the mean square of a block's update to 1; "tensor": every
+            parameter's gradient by its own past norms. docs/release.md.
+        max_norm: of `clip="norm"`, which it implies.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message has its range and the cure.
@@ -90,6 +94,8 @@ class AMSF(TwoModes):
         lr_adaptation: str | None = None,
         seed: int = 0,
         deterministic: bool = False,
+        clip: str | None = None,
+        max_norm: float | None = None,
     ) -> None:
         """See the class."""
         hyper = Hyper(
@@ -111,6 +117,8 @@ class AMSF(TwoModes):
             lr_adaptation=lr_adaptation,
             seed=seed,
             deterministic=deterministic,
+            clip=clip,
+            max_norm=max_norm,
         )
         block_rules.check(blocks)
         self._facts: dict[str, Facts] = {}
@@ -118,6 +126,7 @@ class AMSF(TwoModes):
         self._parts: list[list[tuple[Part, ...]]] = []
         self._plan: plan.Plan | None = None
         self._skipped: Tensor | int = 0
+        self._square: Tensor | None = None
         self._watch, self._progress = Watch(), Progress()
         self._split: list[list[Tensor]] | None = None
         self.optimizer_accumulation = False
@@ -171,6 +180,12 @@ class AMSF(TwoModes):
         Args:
             owner: the engine. The state is made anew for its tensors.
         """
+        for group in self.param_groups:
+            if group["clip"] in clipping.NEEDS_NORMS:
+                raise RuntimeError(
+                    f"clip={group['clip']!r} under DeepSpeed, which clips by itself: use its "
+                    '"gradient_clipping", or clip="block"'
+                )
         self._owner, self._flats, self._plan = owner, owner.flats, None
         self._watch = Watch()
         self.state.clear()
@@ -218,6 +233,22 @@ class AMSF(TwoModes):
         self._progress.refuse_between()
         self._watch.refuse_replaced(self.param_groups)
         self._split = None if units is None else [list(unit) for unit in units]
+        self._plan = None
+        self._ready()
+
+    def set_clip(self, clip: str | None, max_norm: float | None = None) -> None:
+        """Clip from now on, in every group; see the class.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+            RuntimeError: a step is half done.
+        """
+        self._progress.refuse_between()
+        for group in self.param_groups:
+            known = {key: group[key] for key in self.defaults if key != "train_mode"}
+            told = Hyper.of({**known, "clip": clip, "max_norm": max_norm}).as_group()
+            group.update(clip=told["clip"], max_norm=told["max_norm"])
+        self.defaults.update(clip=clip, max_norm=max_norm)
         self._plan = None
         self._ready()
 
@@ -294,6 +325,8 @@ class AMSF(TwoModes):
                 self.update(unit)
                 if self.is_split:  # it got its gradients, but not all of them
                     _free(unit)
+        if any(group["clip"] == "norm" for group in self.param_groups):
+            self._square = self._progress.square
         self._progress.finish()
         return loss
 
@@ -314,7 +347,12 @@ class AMSF(TwoModes):
                 if holding.param.grad is not None:
                     sums.measure(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
-        self._count_skipped(finite)
+        self._clip(unit)
+        for number, device in enumerate(list(finite)):
+            verdict = finite[device]
+            finite[device], first = self._progress.verdict(verdict, sums.everyone_knows)
+            if not number:  # the same on every device
+                self._skipped = first + self._skipped
         moves = [
             move
             for lane in unit.lanes
@@ -324,9 +362,20 @@ class AMSF(TwoModes):
         for move in moves:
             move.write()
 
-    def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
-        for verdict in list(finite.values())[:1]:  # the same on every device
-            self._skipped = verdict.logical_not() + self._skipped
+    def _clip(self, unit: plan.Unit) -> None:
+        progress = self._progress
+        if self.is_split and progress.expected is None:
+            lanes = [lane for one in self._ready().units for lane in one.lanes]
+            progress.expected = clipping.expected_square(lanes)
+        progress.square = unit.clip(progress.square, progress.expected)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients of the last step before clipping; None without `clip="norm"`.
+
+        Reading it waits for the device.
+        """
+        return None if self._square is None else float(self._square) ** 0.5
 
     @property
     def skipped_steps(self) -> int:
@@ -388,7 +437,7 @@ class AMSF(TwoModes):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come back from pickle or deepcopy; the plan is made when it is needed."""
-        self._plan = None
+        self._plan = self._square = None
         self._skipped = 0
         self._watch, self._progress = Watch(), Progress()
         self._split, self.optimizer_accumulation = None, False

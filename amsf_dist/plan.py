@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amsf_dist import clipping
 from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
@@ -120,6 +121,24 @@ class Unit:
     sums: BlockSums
     peaks: GroupPeaks
 
+    def clip(self, seen: Tensor, expected: Tensor | None) -> Tensor:
+        """Set the factors of the gradients whose groups clip by norms.
+
+        Args:
+            seen: 0-dim, squared norm of the gradients of units that have moved in this step.
+            expected: see `clipping.clip_`.
+
+        Returns:
+            `seen`, this unit's added.
+        """
+        squares = torch.split(self.sums.squares, [len(lane.holdings) for lane in self.lanes])
+        total = seen.to(self.sums.squares)
+        for lane, own in zip(self.lanes, squares, strict=True):
+            if lane.group["clip"] == "norm":
+                total = total + own.sum()
+        clipping.clip_(self.lanes, squares, total, expected)
+        return total
+
     @property
     def holdings(self) -> list[Holding]:
         """Of all lanes, in order."""
@@ -192,7 +211,8 @@ def _unit(seats: Sequence[Seat], state: _State, flats: Flats, own_groups: bool) 
             holding.index = index
         group, rule = holdings[0].group, holdings[0].rule
         own = [state[holding.param] for holding in holdings]
-        lanes.append(Lane(group, rule, device, holdings, states.Counters(rule, own, device)))
+        counters = states.Counters(states.counters_of(group), own, device)
+        lanes.append(Lane(group, rule, device, holdings, counters))
     exact = any(seat.group["deterministic"] for seat in seats)
     held = [holding for lane in lanes for holding in lane.holdings]
     sums = (ExactBlockSums if exact else BlockSums)(held, own_groups)

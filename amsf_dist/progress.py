@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from amsf_dist.plan import Plan, Unit
@@ -14,6 +15,8 @@ class Progress:
 
     Attributes:
         held_back: gradients of earlier micro-batches wait in the parameters for the last one.
+        square: 0-dim, squared norm of the gradients of the units that have moved.
+        expected: 0-dim, what earlier steps say it will be; None where it is exact.
     """
 
     def __init__(self) -> None:
@@ -23,7 +26,10 @@ class Progress:
         self._waits: dict[int, int] = {}
         self._arrived: set[int] = set()
         self._moved: set[int] = set()
+        self._bad: Tensor | None = None
         self.held_back = False
+        self.square = torch.zeros(())
+        self.expected: Tensor | None = None
 
     @property
     def begun(self) -> bool:
@@ -72,6 +78,20 @@ class Progress:
         self._waits[id(unit)] -= 1
         return unit if not self._waits[id(unit)] else None
 
+    def verdict(self, finite: Tensor, everyone_knows: bool) -> tuple[Tensor, Tensor]:
+        """Whether a unit may move, and whether it is the first of the step that may not.
+
+        Args:
+            finite: 0-dim bool, of the unit's gradients.
+            everyone_knows: whether all ranks have it; only then does it hold up later units.
+        """
+        before = torch.zeros_like(finite) if self._bad is None else self._bad.to(finite.device)
+        bad = finite.logical_not()
+        if everyone_knows:
+            self._bad = before | bad
+            finite = self._bad.logical_not()
+        return finite, bad & before.logical_not()
+
     def moved(self, unit: Unit) -> None:
         """A unit has moved."""
         self._moved.add(id(unit))
@@ -81,4 +101,6 @@ class Progress:
         self._arrived.clear()
         self._moved.clear()
         self._waits.clear()
+        self._bad = self.expected = None
+        self.square = torch.zeros(())
         self.held_back = False

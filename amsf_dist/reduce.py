@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amsf_dist import kernels
+from amsf_dist.clipping import NEEDS_NORMS
 from amsf_dist.kernels import Holding, Partition
 from amsf_dist.shards import Axis, with_own_group
 
@@ -30,17 +31,24 @@ class _Collective:
         numel: floats, without the one that tells whether all is finite.
         takes: per buffer (positions in the buffer, positions in the payload), int64.
         replicas: [numel] how many ranks send the same sum.
+        squares: which tensors' squared norms are sent behind the sums, int64.
     """
 
     axis: Axis
     numel: int
     takes: list[tuple[Tensor, Tensor]]
     replicas: Tensor
+    squares: Tensor
+
+    @property
+    def num_floats(self) -> int:
+        """Numbers in the payload."""
+        return self.numel + len(self.squares) + 1
 
     def gather(self, buffers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """[numel + 1] payload with this rank's sums in it, zero elsewhere."""
+        """[num_floats] payload with this rank's sums in it, zero elsewhere."""
         device = torch.device(self.axis.device_type)
-        payload = torch.zeros(self.numel + 1, dtype=dtype, device=device)
+        payload = torch.zeros(self.num_floats, dtype=dtype, device=device)
         for buffer, (places, slots) in zip(buffers, self.takes, strict=True):
             payload.index_copy_(0, slots, buffer.index_select(0, places).to(device, dtype))
         return payload
@@ -57,6 +65,8 @@ class BlockSums:
     Attributes:
         num_collectives: all-reduces per step.
         num_floats: numbers in all of them together, one of which each tells whether all is finite.
+        squares: [holdings] squared norms of the gradients once they are agreed on, for tensors
+            whose group clips by them; 0 for others.
         everyone_knows: whether every rank that shares a step sees the same verdict of `agree`:
             nothing is sharded, or a collective runs over every group that shards something.
     """
@@ -69,13 +79,16 @@ class BlockSums:
             own_groups: whether to reduce on process groups of our own.
         """
         self._buffers, self._starts = _buffers(holdings)
-        self._collectives = _collectives(partitions_of(holdings), self._buffers, self._starts)
+        self._collectives = _collectives(holdings, self._buffers, self._starts)
+        self._owners = _owners(holdings, self._buffers, self._starts)
+        self._num_holdings = len(holdings)
+        self.squares = torch.zeros(len(holdings))
         reached = {collective.axis.group.group_name for collective in self._collectives}
         if own_groups:
             for collective in self._collectives:
                 collective.axis = with_own_group(collective.axis)
         self.num_collectives = len(self._collectives)
-        self.num_floats = sum(collective.numel + 1 for collective in self._collectives)
+        self.num_floats = sum(collective.num_floats for collective in self._collectives)
         self.everyone_knows = all(
             axis.group.group_name in reached
             for partition in partitions_of(holdings)
@@ -103,14 +116,45 @@ class BlockSums:
         dtype = torch.float32
         if any(buffer.dtype == torch.float64 for buffer in self._buffers):
             dtype = torch.float64
+        squares = self._squares_here(dtype)
         for collective in self._collectives:
-            payload = collective.gather(self._buffers, dtype)
-            payload[:-1] /= collective.replicas
+            payload, numel = collective.gather(self._buffers, dtype), collective.numel
+            payload[:numel] /= collective.replicas
+            here = squares.index_select(0, collective.squares.to(squares.device))
+            payload[numel:-1] = here.to(payload.device) / collective.axis.replicas
             payload[-1:] = _sum_on(payload.device, doubt)
             dist.all_reduce(payload, group=collective.axis.group)
             collective.scatter(payload, self._buffers)
+            squares[collective.squares] = payload[numel:-1].to(squares.device)
             doubt = [number.copy_(payload[-1]) for number in doubt]
+        self.squares = squares[:-1]
         return {number.device: _sum_on(number.device, doubt).isfinite() for number in doubt}
+
+    def _squares_here(self, dtype: torch.dtype) -> Tensor:
+        """[holdings + 1] squared norms of what this rank has of the gradients."""
+        device = self._buffers[0].device if self._buffers else torch.device("cpu")
+        squares = torch.zeros(self._num_holdings + 1, dtype=dtype, device=device)
+        for buffer, owners in zip(self._buffers, self._owners, strict=True):
+            if owners is not None:
+                squares.index_add_(0, owners, buffer.to(device, dtype))
+        return squares
+
+
+def _owners(
+    holdings: Sequence[Holding], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
+) -> list[Tensor | None]:
+    """Which tensor's norm every sum belongs to; the last number: to none. None: none is needed."""
+    if not any(holding.group["clip"] in NEEDS_NORMS for holding in holdings):
+        return [None for _ in buffers]
+    owners = [torch.full((len(buffer),), len(holdings)) for buffer in buffers]
+    places = iter(starts)
+    for index, holding in enumerate(holdings):
+        for partition in holding.partitions:
+            number, start = next(places)
+            if partition is holding.partitions[0] and holding.group["clip"] in NEEDS_NORMS:
+                owners[number][start : start + partition.layout.num_sums] = index
+    device = buffers[0].device if buffers else torch.device("cpu")
+    return [owner.to(device) for owner in owners]
 
 
 def partitions_of(holdings: Sequence[Holding]) -> list[Partition]:
@@ -119,14 +163,22 @@ def partitions_of(holdings: Sequence[Holding]) -> list[Partition]:
 
 
 def _collectives(
-    partitions: Sequence[Partition], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
+    holdings: Sequence[Holding], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
 ) -> list[_Collective]:
     """One per process group in which something is cut, in the order of the parameters."""
     axes: dict[str, Axis] = {}
     numel: dict[str, int] = {}
     takes: dict[str, list[tuple[list[int], list[int]]]] = {}
     replicas: dict[str, list[int]] = {}
-    for partition, (number, start) in zip(partitions, starts, strict=True):
+    squares: dict[str, list[int]] = {}
+    for index, holding in enumerate(holdings):
+        if holding.group["clip"] in NEEDS_NORMS:  # norms cross what shards, cut or not
+            for axis in holding.layout.spread:
+                squares.setdefault(axis.group.group_name, []).append(index)
+                axes.setdefault(axis.group.group_name, axis)
+    for name in axes:
+        numel[name], replicas[name], takes[name] = 0, [], [([], []) for _ in buffers]
+    for partition, (number, start) in zip(partitions_of(holdings), starts, strict=True):
         for cut in partition.layout.cuts:
             name = cut.axis.group.group_name
             if name not in axes:
@@ -149,6 +201,7 @@ def _collectives(
                 for buffer, (places, slots) in zip(buffers, takes[name], strict=True)
             ],
             torch.tensor(replicas[name], dtype=torch.int64, device=axis.device_type),
+            torch.tensor(squares.get(name, []), dtype=torch.int64),
         )
         for name, axis in axes.items()
     ]

@@ -24,7 +24,12 @@ __all__ = ["GradientRelease", "enable_gradient_release"]
 
 
 def enable_gradient_release(
-    model: nn.Module, optimizer: AMSF, *, defer: Iterable[nn.Module] = ()
+    model: nn.Module,
+    optimizer: AMSF,
+    clip: str | None = None,
+    max_norm: float | None = None,
+    *,
+    defer: Iterable[nn.Module] = (),
 ) -> GradientRelease:
     """Move every module's weights inside backward, and free its gradients.
 
@@ -35,6 +40,10 @@ def enable_gradient_release(
     Args:
         model: what `optimizer` trains: plain, or wrapped by `fully_shard` or tensor parallel.
         optimizer: its state stays as it is.
+        clip: "block", "tensor" or "norm", see `AMSF`; None: as the optimizer was built. The norm of
+            all gradients is not known inside backward: "norm" goes by that of earlier steps, or
+            by what has been seen in this one if it is larger.
+        max_norm: of `clip="norm"`.
         defer: modules whose parameters get gradients in several backward passes of one step (a
             chunked loss); they move in `step()`.
 
@@ -45,6 +54,8 @@ def enable_gradient_release(
         ValueError: it cannot be right (DDP, FSDP1, DeepSpeed, a GradScaler), or the model is not
             the optimizer's; the message has the way out.
     """
+    if clip is not None or max_norm is not None:
+        optimizer.set_clip(clip, max_norm)
     return GradientRelease(model, optimizer, defer)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amsf_dist.clipping import COUNTER, NEEDS_NORMS
 from amsf_dist.kernels.grouping import num_groups
 from amsf_dist.kernels.holding import WEIGHT
-from amsf_dist.rules import Rule
+from amsf_dist.rules import RULES, Rule
 from amsf_dist.shards import Layout
 from amsf_dist.storage import Storage
 from amsf_dist.storage.grouped import SCALE_DTYPE
 
-__all__ = ["MOMENT", "MOMENTS", "STASH", "WEIGHT", "Counters", "create", "number"]
+__all__ = ["MOMENT", "MOMENTS", "STASH", "WEIGHT", "Counters", "counters_of", "create", "number"]
 
 MOMENT = "exp_avg_sq"
 MOMENTS = (MOMENT, "exp_avg_sq_col", "exp_avg_sq_mean")
@@ -32,11 +33,13 @@ class Counters:
     parameters together. `state[param]` holds 0-dim views of them under torch's own key "step".
     """
 
-    def __init__(self, rule: Rule, states: Sequence[dict[str, Any]], device: torch.device) -> None:
+    def __init__(
+        self, names: Sequence[str], states: Sequence[dict[str, Any]], device: torch.device
+    ) -> None:
         """Take over what the states hold (zero where they hold nothing yet).
 
         Args:
-            rule: names the counters.
+            names: of the counters.
             states: of the parameters; their counters become views of the vectors.
             device: of the weights.
         """
@@ -46,11 +49,17 @@ class Counters:
                 dtype=torch.float64,
                 device=device,
             )
-            for name in rule.counters
+            for name in names
         }
         for index, state in enumerate(states):
             for name, vector in self.values.items():
                 state[name] = vector[index]
+
+
+def counters_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the counters of a group's parameters: of its rule, and of clipping."""
+    rule = RULES[group["averaging"]]
+    return (*rule.counters, *((COUNTER,) if group["clip"] in NEEDS_NORMS else ()))
 
 
 def number(counter: Tensor | None) -> float:

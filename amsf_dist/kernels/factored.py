@@ -54,12 +54,15 @@ def scales_(
     if by_block:
         finite = means[-1].isfinite().all()
     scales = []
+    apart = c._replace(clip_blocks=False)  # the matrix is one block to clip
     for (partition, cut), mean_sq in zip(ways, means, strict=True):
         moments = partition.moments[cut.first_block : cut.first_block + cut.num_blocks]
-        after, scale = holding.rule.block_scale(moments, mean_sq, c)
+        after, scale = holding.rule.block_scale(moments, mean_sq, apart)
         moments.copy_(after if finite is None else torch.where(finite, after, moments))
         scales.append(scale)
     rows, columns, mean = scales
+    if c.clip_blocks:
+        columns = columns * (means[-1].rsqrt() / mean).clamp(max=1.0)
     # without eps an all-zero row would be 0 times infinity
     return (rows / mean).nan_to_num_(0.0, 0.0), columns.nan_to_num(0.0, 0.0), finite
 

@@ -71,6 +71,7 @@ class Holding:
         group: its parameter group, live.
         index: its place in the group's counters.
         grouping: where its lines lie in groups; None where no storage of theirs has any.
+        factor: 0-dim, of the gradient in this step; None: 1.
         peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
     """
 
@@ -84,6 +85,7 @@ class Holding:
     group: Mapping[str, Any]
     index: int
     grouping: Grouping | None = None
+    factor: Tensor | None = None
     peaks: Tensor = field(init=False)
 
     @property

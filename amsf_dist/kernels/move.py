@@ -124,6 +124,8 @@ class Move:
         piece, scaled = holding.layout.pieces[number], self._scaled[number]
         shape = (tile.num_blocks, -1)
         g = opened.gradient[tile.span].to(dtype).view(shape)
+        if holding.factor is not None:
+            g = g * holding.factor
         moments = None
         if scaled is None:
             finite, squared = self._finite, g.square()

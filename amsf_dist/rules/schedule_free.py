@@ -23,6 +23,7 @@ class _Coefficients(NamedTuple):
     beta2: float
     bias_correction2: Scalar
     eps: float
+    clip_blocks: bool
 
 
 class ScheduleFree(BlockMoments):
@@ -57,6 +58,7 @@ class ScheduleFree(BlockMoments):
             beta2=beta2,
             bias_correction2=1.0 - beta2**step,
             eps=group["eps"],
+            clip_blocks=group["clip"] == "block",
         )
 
     def move(

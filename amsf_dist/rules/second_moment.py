@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from amsf_dist.rules.protocol import Coefficients, Scalar
@@ -20,14 +21,18 @@ class BlockMoments:
         Args:
             exp_avg_sq: [num_blocks].
             mean_sq: [num_blocks].
-            c: the rule's scalars; bias_correction2 is 1 - beta2 ** step.
+            c: the rule's scalars; bias_correction2 is 1 - beta2 ** step. With `clip_blocks` the
+                mean square of a block's update is 1 at most.
 
         Returns:
             (exp_avg_sq, inverse denominator), both [num_blocks].
         """
         exp_avg_sq = c.beta2 * exp_avg_sq + (1.0 - c.beta2) * mean_sq
         root = (exp_avg_sq * (1.0 / c.bias_correction2)).sqrt()
-        return exp_avg_sq, (root + c.eps).reciprocal()
+        scale = (root + c.eps).reciprocal()
+        if c.clip_blocks:
+            scale = torch.minimum(scale, mean_sq.rsqrt())
+        return exp_avg_sq, scale
 
 
 def warmed_up(lr: Scalar, step: Tensor, warmup_steps: int) -> Tensor:

@@ -216,3 +216,62 @@ def test_micro_batches_are_one_batch(layout: str | None, world_size: int) -> Non
         for what, bound in TOLERANCE.items():
             error, name = relative_error(found[what], whole[what], NOISE)
             assert error <= bound, f"{layout}: {what} of {name} differs by {error:.1e}"
+
+
+def clipped(layout: str | None, options: dict[str, Any], release: bool, by_torch: bool) -> Any:
+    under, shape = (LAYOUTS[layout] if layout else ALONE), SHAPES["even"]
+    model = under.wrap(Transformer(shape, dtype=torch.float32))
+    optimizer = AMSF(model, **({} if by_torch or release else options), **OPTIONS)
+    if release:
+        enable_gradient_release(model, optimizer, **options)
+    limit = options.get("max_norm") if by_torch else None
+    parallel, norms = under.tensor_parallel, []
+    for step in range(STEPS):
+        train(
+            model,
+            optimizer,
+            shape.vocab,
+            range(step, step + 1),
+            clip=limit,
+            tensor_parallel=parallel,
+        )
+        norms.append(optimizer.grad_norm)
+    return {"y": weights(model), "v": moments(model, optimizer)}, norms
+
+
+SHARDINGS = [(None, 1), ("fsdp2", 3), ("fsdp2 HSDP", 4), ("tensor parallel x fsdp2", 4)]
+
+
+@pytest.mark.parametrize(("layout", "world_size"), SHARDINGS)
+def test_max_norm_is_clip_grad_norm(layout: str | None, world_size: int) -> None:
+    options = {"max_norm": 0.3}
+    theirs, none = run_ranks(world_size, clipped, layout, options, False, True)[0]
+    ours, norms = run_ranks(world_size, clipped, layout, options, False, False)[0]
+    assert none == [None] * STEPS and min(norms) > 0.3  # all steps are clipped
+    for what in ("y", "v"):
+        error, name = relative_error(ours[what], theirs[what], NOISE)
+        assert error <= 1e-5, f"{layout}: {what} of {name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("clip", ["block", "tensor"])
+def test_clipping_without_the_whole_is_the_same_everywhere(clip: str) -> None:
+    alone, _ = run_ranks(1, clipped, None, {"clip": clip}, False, False)[0]
+    unclipped, _ = run_ranks(1, clipped, None, {}, False, False)[0]
+    assert relative_error(unclipped["y"], alone["y"])[0] > 1e-4
+    for layout, world_size in (*SHARDINGS, ("fsdp2 Shard(1)", 2)):
+        found, _ = run_ranks(world_size, clipped, layout, {"clip": clip}, True, False)[0]
+        for what in ("y", "v"):
+            error, name = relative_error(found[what], alone[what], NOISE)
+            assert error <= 1e-5, f"{layout}: {what} of {name} differs by {error:.1e}"
+
+
+def test_the_running_norm_is_near_the_exact_one() -> None:
+    """The same under every sharding; against clip_grad_norm_ as docs/release.md has it."""
+    options = {"clip": "norm", "max_norm": 0.3}
+    exact, norms = run_ranks(1, clipped, None, options, False, False)[0]
+    alone, seen = run_ranks(1, clipped, None, options, True, False)[0]
+    found, _ = run_ranks(2, clipped, "fsdp2", options, True, False)[0]
+    units_differ, name = relative_error(found["y"], alone["y"], NOISE)
+    assert units_differ <= 0.05, name  # other units come first, and have seen less of the norm
+    assert relative_error(alone["y"], exact["y"], NOISE)[0] <= 0.1
+    assert all(0.5 < a / b < 2.0 for a, b in zip(seen, norms, strict=True))

@@ -34,6 +34,7 @@ FLOORS = (
         "checks",
         "watch",
         "progress",
+        "clipping",
         "modes",
         "upstream",
     ),
