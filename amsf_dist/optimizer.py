@@ -129,6 +129,7 @@ class AMSF(TwoModes):
         self._square: Tensor | None = None
         self._watch, self._progress = Watch(), Progress()
         self._split: list[list[Tensor]] | None = None
+        self._into_state = False
         self.optimizer_accumulation = False
         self._owner: Owner | None = Expected() if is_building() else None
         if isinstance(params, nn.Module):
@@ -220,12 +221,13 @@ class AMSF(TwoModes):
         """Whether an engine (DeepSpeed) keeps the weights."""
         return self._owner is not None
 
-    def split(self, units: Sequence[Sequence[Tensor]] | None) -> None:
+    def split(self, units: Sequence[Sequence[Tensor]] | None, into_state: bool = False) -> None:
         """Step these parameters together, and those together; what gradient release calls.
 
         Args:
             units: the same on every rank; parameters in none of them are one more. None: all
                 parameters step together.
+            into_state: whether gradients of earlier micro-batches are added into the state.
 
         Raises:
             RuntimeError: a step is half done.
@@ -233,6 +235,7 @@ class AMSF(TwoModes):
         self._progress.refuse_between()
         self._watch.refuse_replaced(self.param_groups)
         self._split = None if units is None else [list(unit) for unit in units]
+        self._into_state = into_state
         self._plan = None
         self._ready()
 
@@ -259,17 +262,19 @@ class AMSF(TwoModes):
         Raises:
             RuntimeError: the unit has moved already in this step, or as for `step`.
         """
-        if self.optimizer_accumulation:
+        partial = self.optimizer_accumulation
+        if partial:
             self._progress.held_back = True
+        if partial and not self._into_state:
             return
         current = self._ready()
-        unit = self._progress.arrive(param, current)
+        unit = self._progress.arrive(param, current, partial)
         if unit is None:
             return
         if not self._progress.begun:
             self._watch.inside_backward(self.param_groups, current.holdings)
-        self.update(unit)
-        self._progress.moved(unit)
+        self.update(unit, last=not partial)
+        self._progress.moved(unit, partial)
         _free(unit)
 
     @property
@@ -335,11 +340,21 @@ class AMSF(TwoModes):
         if not self._progress.held_back:
             super().zero_grad(set_to_none)
 
-    def update(self, unit: plan.Unit) -> None:
+    def update(self, unit: plan.Unit, last: bool = True) -> None:
         """Measure, agree, move: one step of tensors that step together.
 
         Every rank calls it with the same parameters in the same order, with gradients or without.
+
+        Args:
+            unit: of the plan.
+            last: False: these gradients are a part of the step's, others will follow.
         """
+        if (
+            last and unit.parts
+        ):  # what comes with the last part is due even where it has no gradient
+            for holding in unit.holdings:
+                if holding.param.grad is None and holding.param.requires_grad:
+                    holding.param.grad = torch.zeros_like(holding.param)
         sums = unit.sums
         sums.clear()
         for lane in unit.lanes:  # measure what this rank can see
@@ -356,11 +371,12 @@ class AMSF(TwoModes):
         moves = [
             move
             for lane in unit.lanes
-            for move in lane.moves(finite[lane.device], sums.everyone_knows)
+            for move in lane.moves(finite[lane.device], sums.everyone_knows, unit.parts, last)
         ]
         unit.peaks.agree(moves)  # on scales that shards share
         for move in moves:
             move.write()
+        unit.parts = 0 if last else unit.parts + 1
 
     def _clip(self, unit: plan.Unit) -> None:
         progress = self._progress
@@ -440,7 +456,7 @@ class AMSF(TwoModes):
         self._plan = self._square = None
         self._skipped = 0
         self._watch, self._progress = Watch(), Progress()
-        self._split, self.optimizer_accumulation = None, False
+        self._split, self._into_state, self.optimizer_accumulation = None, False, False
         self._flats, self._owner = {}, None  # process groups and engines do not travel
         super().__setstate__(state)
 

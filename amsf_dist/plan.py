@@ -42,13 +42,17 @@ class Lane:
     holdings: list[Holding]
     counters: states.Counters
 
-    def moves(self, finite: Tensor, everyone_knows: bool) -> list[Move]:
+    def moves(
+        self, finite: Tensor, everyone_knows: bool, part: int = 0, last: bool = True
+    ) -> list[Move]:
         """Advance the counters, and the moments of every parameter that has a gradient.
 
         Args:
             finite: 0-dim bool on the lane's device; where False nothing changes.
             everyone_knows: whether all ranks that share the step have this verdict; if not, every
                 block decides for itself.
+            part: how many parts of the step have been added before.
+            last: whether this is the last one; counters advance with it.
 
         Returns:
             What is to be written of those parameters.
@@ -68,17 +72,24 @@ class Lane:
             return []
         # Where the host can read the verdict for nothing, a finite step needs no masks.
         verdict = None if host and finite else finite
-        coefficients = self.advance(stepping + absent, finite if everyone_knows else None)
+        known = finite if everyone_knows else None
+        coefficients = self.advance(stepping + absent, known, part, last)
         by_block = verdict is not None and not everyone_knows
-        steps = _per_parameter(self.counters.values["step"], len(self.holdings))
+        # every part rounds with numbers of its own
+        draws = self.counters.values["step"] + part * _PARTS_APART
+        steps = _per_parameter(draws, len(self.holdings))
         return [Move(h, coefficients[h.index], steps[h.index], verdict, by_block) for h in stepping]
 
-    def advance(self, stepping: Sequence[Holding], finite: Tensor | None) -> list[Coefficients]:
+    def advance(
+        self, stepping: Sequence[Holding], finite: Tensor | None, part: int = 0, last: bool = True
+    ) -> list[Coefficients]:
         """Advance the counters of the parameters that step now.
 
         Args:
             stepping: those with a gradient.
             finite: 0-dim bool; where False no counter moves. None: all move.
+            part: see `moves`.
+            last: where False no counter moves either.
 
         Returns:
             The rule's scalars per holding, by `index`: floats where the host can read them for
@@ -91,9 +102,18 @@ class Lane:
         else:
             for holding in stepping:
                 tick[holding.index] += by
-        columns = self.rule.advance(self.counters.values, tick, self.group)
+        counters = self.counters.values
+        if not last:
+            counters = {name: vector.clone() for name, vector in counters.items()}
+        begun = (counters["step"] > 0).to(tick)
+        columns = self.rule.advance(counters, tick, self.group)
+        if part or not last:
+            columns = self.rule.part(columns, not part, last, begun)
         rows = zip(*(_per_parameter(column, len(self.holdings)) for column in columns), strict=True)
         return [type(columns)(*row) for row in rows]
+
+
+_PARTS_APART = 2.0**32
 
 
 def on_host(device: torch.device) -> bool:
@@ -115,11 +135,13 @@ class Unit:
         lanes: in the order of the groups.
         sums: block sums of all holdings.
         peaks: of groups that share a scale, where a storage has some.
+        parts: how many parts of the gradient of this step have been added into the state.
     """
 
     lanes: list[Lane]
     sums: BlockSums
     peaks: GroupPeaks
+    parts: int = 0
 
     def clip(self, seen: Tensor, expected: Tensor | None) -> Tensor:
         """Set the factors of the gradients whose groups clip by norms.

@@ -26,15 +26,16 @@ class Progress:
         self._waits: dict[int, int] = {}
         self._arrived: set[int] = set()
         self._moved: set[int] = set()
+        self._partly = False
         self._bad: Tensor | None = None
-        self.held_back = False
+        self.held_back = self._partly = False
         self.square = torch.zeros(())
         self.expected: Tensor | None = None
 
     @property
     def begun(self) -> bool:
-        """Whether a unit has moved."""
-        return bool(self._moved)
+        """Whether a unit has moved, if only by a part."""
+        return bool(self._moved) or self._partly
 
     def has_moved(self, unit: Unit) -> bool:
         """Whether a unit has moved in this step."""
@@ -46,14 +47,19 @@ class Progress:
         Raises:
             RuntimeError: some units have moved and others have not.
         """
-        if self._moved:
+        if self.begun:
             raise RuntimeError(
                 "a step is half done: gradient release has moved some weights inside backward; "
                 "call optimizer.step() first"
             )
 
-    def arrive(self, param: Tensor, plan: Plan) -> Unit | None:
+    def arrive(self, param: Tensor, plan: Plan, partial: bool) -> Unit | None:
         """A parameter's gradient is there.
+
+        Args:
+            param: the parameter.
+            plan: of the step.
+            partial: whether gradients of further micro-batches will follow.
 
         Returns:
             Its unit, if that now has all of its gradients.
@@ -66,6 +72,8 @@ class Progress:
             self._unit_of = {id(h.param): unit for unit in plan.units for h in unit.holdings}
         unit = self._unit_of[id(param)]
         if id(param) in self._arrived:
+            if partial or self.held_back and not self.has_moved(unit):
+                return None  # added to that of an earlier micro-batch, which still waits for others
             name = next(h.name for h in unit.holdings if h.param is param) or "a parameter"
             raise RuntimeError(
                 f"{name} got a second gradient in one step, and gradient release has used the "
@@ -92,9 +100,14 @@ class Progress:
             finite = self._bad.logical_not()
         return finite, bad & before.logical_not()
 
-    def moved(self, unit: Unit) -> None:
-        """A unit has moved."""
-        self._moved.add(id(unit))
+    def moved(self, unit: Unit, partial: bool) -> None:
+        """A unit has moved, by all of its gradients or by a part."""
+        if partial:
+            self._waits.pop(id(unit), None)
+            self._arrived -= {id(holding.param) for holding in unit.holdings}
+            self._partly = True
+        else:
+            self._moved.add(id(unit))
 
     def finish(self) -> None:
         """The step is done."""
@@ -103,4 +116,4 @@ class Progress:
         self._waits.clear()
         self._bad = self.expected = None
         self.square = torch.zeros(())
-        self.held_back = False
+        self.held_back = self._partly = False

@@ -29,13 +29,14 @@ def enable_gradient_release(
     clip: str | None = None,
     max_norm: float | None = None,
     *,
+    accumulation: str = "exact",
     defer: Iterable[nn.Module] = (),
 ) -> GradientRelease:
     """Move every module's weights inside backward, and free its gradients.
 
     The training loop stays as it is: `step()` finishes the step (what got no gradient, what was
     deferred), `zero_grad()` finds nothing left. While `optimizer.optimizer_accumulation` is True,
-    gradients add up in the (sharded) gradient as usual; the backward after that releases them.
+    `step()` and `zero_grad()` do nothing, and gradients are accumulated.
 
     Args:
         model: what `optimizer` trains: plain, or wrapped by `fully_shard` or tensor parallel.
@@ -44,6 +45,10 @@ def enable_gradient_release(
             all gradients is not known inside backward: "norm" goes by that of earlier steps, or
             by what has been seen in this one if it is larger.
         max_norm: of `clip="norm"`.
+        accumulation: what happens while `optimizer.optimizer_accumulation` is True. "exact":
+            gradients add up in the parameters, and the last backward releases them. "state": every
+            backward releases them into the optimizer's state, which needs no memory and is not
+            quite the same (docs/release.md).
         defer: modules whose parameters get gradients in several backward passes of one step (a
             chunked loss); they move in `step()`.
 
@@ -56,14 +61,22 @@ def enable_gradient_release(
     """
     if clip is not None or max_norm is not None:
         optimizer.set_clip(clip, max_norm)
-    return GradientRelease(model, optimizer, defer)
+    return GradientRelease(model, optimizer, accumulation, defer)
 
 
 class GradientRelease:
     """Hooks on the parameters of a model; see `enable_gradient_release`."""
 
-    def __init__(self, model: nn.Module, optimizer: AMSF, defer: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AMSF,
+        accumulation: str = "exact",
+        defer: Iterable[nn.Module] = (),
+    ) -> None:
         """See `enable_gradient_release`."""
+        if accumulation not in ("exact", "state"):
+            raise ValueError(f"accumulation must be 'exact' or 'state', got {accumulation!r}")
         if optimizer.is_split:
             raise ValueError("gradient release is enabled already: remove() its handle first")
         if optimizer.is_owned:
@@ -81,7 +94,7 @@ class GradientRelease:
             )
         _refuse_wrappers({id(param) for unit in units for param in unit})
         self._optimizer, self._proven = optimizer, False
-        optimizer.split([unit for unit in units if unit])
+        optimizer.split([unit for unit in units if unit], accumulation == "state")
         later = {id(param) for module in defer for param in module.parameters()}
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]

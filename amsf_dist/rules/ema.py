@@ -16,8 +16,10 @@ __all__ = ["RULE", "Ema"]
 class _Coefficients(NamedTuple):
     lr: Scalar  # divided by the bias correction of the first moment
     keep: Scalar  # 1 - lr * weight_decay
-    beta1: float
-    beta2: float
+    forget1: float  # 1 - beta1, or 0 in a step that has begun
+    fresh1: float  # 1 - beta1
+    carry2: float  # beta2, or 1 in a step that has begun
+    fresh2: float  # 1 - beta2
     bias_correction2: Scalar
     eps: float
     clip_blocks: bool
@@ -43,12 +45,20 @@ class Ema(BlockMoments):
         return _Coefficients(
             lr=lr / (1.0 - beta1**step),
             keep=1.0 - lr * decay,
-            beta1=beta1,
-            beta2=beta2,
+            forget1=1.0 - beta1,
+            fresh1=1.0 - beta1,
+            carry2=beta2,
+            fresh2=1.0 - beta2,
             bias_correction2=1.0 - beta2**step,
             eps=group["eps"],
             clip_blocks=group["clip"] == "block",
         )
+
+    def part(self, c: _Coefficients, first: bool, last: bool, begun: Scalar) -> _Coefficients:
+        """docs/algorithm.md (16): weights move with the last part (AdamA, arXiv 2305.19982)."""
+        if not first:
+            c = c._replace(carry2=1.0, forget1=0.0)
+        return c if last else c._replace(lr=0.0, keep=1.0)
 
     def move(
         self,
@@ -60,7 +70,7 @@ class Ema(BlockMoments):
         c: _Coefficients,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """docs/algorithm.md (10), (11)."""
-        exp_avg = lines[0] + (1.0 - c.beta1) * (grad - lines[0])
+        exp_avg = lines[0] + (c.fresh1 * grad - c.forget1 * lines[0])
         if decays:
             weight = c.keep * weight
         return weight - c.lr * (exp_avg * scale), (exp_avg,)

@@ -49,6 +49,18 @@ class Rule(Protocol):
         """
         ...
 
+    def part(self, c: Coefficients, first: bool, last: bool, begun: Scalar) -> Coefficients:
+        """The scalars for one part of a step whose gradient comes in parts, added into the state.
+
+        Args:
+            c: of the whole step: columns as `advance` gives them.
+            first: whether nothing of the step has been added yet.
+            last: whether nothing will follow.
+            begun: 1 where the parameter has done a step before this one, else 0: until then there
+                is no second moment to go by.
+        """
+        ...
+
     def block_scale(
         self, exp_avg_sq: Tensor, mean_sq: Tensor, c: Coefficients
     ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ class _Coefficients(NamedTuple):
     direct: Scalar  # (1 - beta1) * lr
     keep: Scalar  # 1 - ckp1
     decay: float  # weight decay per unit of lr
-    beta2: float
+    carry2: float  # beta2, or 1 in a step that has begun
+    fresh2: float  # 1 - beta2
     bias_correction2: Scalar
     eps: float
     clip_blocks: bool
@@ -55,11 +56,21 @@ class ScheduleFree(BlockMoments):
             direct=(1.0 - beta1) * lr,
             keep=1.0 - ckp1,
             decay=decay,
-            beta2=beta2,
+            carry2=beta2,
+            fresh2=1.0 - beta2,
             bias_correction2=1.0 - beta2**step,
             eps=group["eps"],
             clip_blocks=group["clip"] == "block",
         )
+
+    def part(self, c: _Coefficients, first: bool, last: bool, begun: Scalar) -> _Coefficients:
+        """docs/algorithm.md (15): the average moves, and weights decay, with the last part."""
+        if not first:
+            c = c._replace(carry2=1.0)
+        if not last:
+            lr, direct = c.lr * begun, c.direct * begun
+            c = c._replace(lr=lr, direct=direct, average=0.0, keep=1.0, decay=0.0)
+        return c
 
     def move(
         self,

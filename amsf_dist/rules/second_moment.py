@@ -11,7 +11,7 @@ __all__ = ["BlockMoments", "warmed_up"]
 
 
 class BlockMoments:
-    """For rules whose scalars have `beta2`, `bias_correction2` and `eps`."""
+    """For rules whose scalars have `carry2`, `fresh2`, `bias_correction2`, `eps`, `clip_blocks`."""
 
     def block_scale(
         self, exp_avg_sq: Tensor, mean_sq: Tensor, c: Coefficients
@@ -27,7 +27,7 @@ class BlockMoments:
         Returns:
             (exp_avg_sq, inverse denominator), both [num_blocks].
         """
-        exp_avg_sq = c.beta2 * exp_avg_sq + (1.0 - c.beta2) * mean_sq
+        exp_avg_sq = c.carry2 * exp_avg_sq + c.fresh2 * mean_sq
         root = (exp_avg_sq * (1.0 / c.bias_correction2)).sqrt()
         scale = (root + c.eps).reciprocal()
         if c.clip_blocks:

@@ -188,13 +188,15 @@ def test_pure_data_parallelism() -> None:
     assert error <= 1e-5, name
 
 
-def accumulated(layout: str | None, pieces: int, release: bool) -> Any:
+def accumulated(
+    layout: str | None, pieces: int, release: bool, mode: str = "exact", averaging: str = ""
+) -> Any:
     """Micro-batches with a framework that calls step and zero_grad after (or before) every one."""
     shape = SHAPES["uneven"]
     model = (LAYOUTS[layout] if layout else ALONE).wrap(Transformer(shape, dtype=torch.float32))
-    optimizer = AMSF(model, **OPTIONS)
+    optimizer = AMSF(model, averaging=averaging or "schedule_free", **OPTIONS)
     if release:
-        enable_gradient_release(model, optimizer)
+        enable_gradient_release(model, optimizer, accumulation=mode)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(STEPS):
         for piece in range(pieces):
@@ -275,3 +277,45 @@ def test_the_running_norm_is_near_the_exact_one() -> None:
     assert units_differ <= 0.05, name  # other units come first, and have seen less of the norm
     assert relative_error(alone["y"], exact["y"], NOISE)[0] <= 0.1
     assert all(0.5 < a / b < 2.0 for a, b in zip(seen, norms, strict=True))
+
+
+@pytest.mark.parametrize("averaging", ["schedule_free", "ema"])
+def test_micro_batches_into_the_state(averaging: str) -> None:
+    """The same under every sharding; from one batch it differs as docs/release.md says."""
+    whole = run_ranks(1, accumulated, None, 1, False, "exact", averaging)[0]
+    alone = run_ranks(1, accumulated, None, 4, True, "state", averaging)[0]
+    assert 1e-4 < relative_error(alone["y"], whole["y"], NOISE)[0] < 0.25
+    # two ranks see the same micro-batches if each takes half of everyone's rows
+    found = run_ranks(2, accumulated, "fsdp2", 3, True, "state", averaging)[0]
+    again = run_ranks(2, accumulated, "fsdp2 Shard(1)", 3, True, "state", averaging)[0]
+    error, name = relative_error(again["y"], found["y"], NOISE)
+    assert error <= 1e-5, name
+
+
+@pytest.mark.parametrize("averaging", ["schedule_free", "ema"])
+def test_parts_of_one_gradient_are_that_gradient(averaging: str) -> None:
+    """Where the second moment does not count (a large eps), the algebra is exact."""
+    options: dict[str, Any] = {**OPTIONS, "averaging": averaging, "blocks": "row"}
+    options |= {"eps": 1e14, "lr": 3e12, "weight_decay": 1e-14}
+    torch.manual_seed(0)
+    whole, parts = nn.Linear(6, 5, dtype=torch.float64), nn.Linear(6, 5, dtype=torch.float64)
+    parts.load_state_dict(whole.state_dict())
+    ours, theirs = AMSF(parts, **options), AMSF(whole, **options)
+    enable_gradient_release(parts, ours, accumulation="state")
+    for step in range(20):
+        inputs = torch.randn(4, 6, dtype=torch.float64)
+        whole(inputs).sum().backward()
+        theirs.step()
+        theirs.zero_grad()
+        for piece in range(4):
+            # the first step of a run has no second moment yet, and takes its last part alone
+            row = inputs if not step else inputs[piece : piece + 1]
+            ours.optimizer_accumulation = piece < 3
+            if step or piece == 3:
+                parts(row).sum().backward()
+            ours.step()
+    for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=0.0)
+    with ours.averaged_parameters(), theirs.averaged_parameters():
+        for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=0.0)
