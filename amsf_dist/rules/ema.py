@@ -55,7 +55,7 @@ class Ema(BlockMoments):
         )
 
     def part(self, c: _Coefficients, first: bool, last: bool, begun: Scalar) -> _Coefficients:
-        """docs/algorithm.md (16): weights move with the last part (AdamA, arXiv 2305.19982)."""
+        """docs/release.md (16): weights move with the last part (AdamA, arXiv 2305.19982)."""
         if not first:
             c = c._replace(carry2=1.0, forget1=0.0)
         return c if last else c._replace(lr=0.0, keep=1.0)

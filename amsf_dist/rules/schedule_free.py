@@ -64,12 +64,12 @@ class ScheduleFree(BlockMoments):
         )
 
     def part(self, c: _Coefficients, first: bool, last: bool, begun: Scalar) -> _Coefficients:
-        """docs/algorithm.md (15): the average moves, and weights decay, with the last part."""
+        """docs/release.md (15): weights decay with the first part, the last averages."""
         if not first:
-            c = c._replace(carry2=1.0)
+            c = c._replace(carry2=1.0, decay=0.0)
         if not last:
             lr, direct = c.lr * begun, c.direct * begun
-            c = c._replace(lr=lr, direct=direct, average=0.0, keep=1.0, decay=0.0)
+            c = c._replace(lr=lr, direct=direct, average=0.0, keep=1.0)
         return c
 
     def move(

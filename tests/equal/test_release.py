@@ -308,7 +308,7 @@ def test_parts_of_one_gradient_are_that_gradient(averaging: str) -> None:
         theirs.step()
         theirs.zero_grad()
         for piece in range(4):
-            # the first step of a run has no second moment yet, and takes its last part alone
+            # the first step of a run has no second moment to go by, and takes its last part alone
             row = inputs if not step else inputs[piece : piece + 1]
             ours.optimizer_accumulation = piece < 3
             if step or piece == 3:
