@@ -78,6 +78,10 @@ WRONG: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("seed", 0.5, TypeError, ["0.5", "whole number"]),
     ("seed", None, TypeError, ["None", "whole number"]),
     ("deterministic", 1, TypeError, ["1", "True or False"]),
+    ("clip", "rows", ValueError, ["'rows'", "'block'"]),
+    ("clip", "norm", ValueError, ["max_norm"]),
+    ("max_norm", 0.0, ValueError, ["0.0", "> 0"]),
+    ("max_norm", "1", TypeError, ["'1'", "number"]),
 ]
 WRONG_IDS = [f"{argument}={value!r}" for argument, value, _, _ in WRONG]
 EVERY_WRONG = pytest.mark.parametrize(("argument", "value", "error", "says"), WRONG, ids=WRONG_IDS)

@@ -35,6 +35,7 @@ FLOORS = (
         "watch",
         "progress",
         "clipping",
+        "stepping",
         "modes",
         "upstream",
     ),
