@@ -70,7 +70,7 @@ def explain(config: ConfigPath, overrides: Overrides = None) -> None:
     from amsf_dist.train.tokens import load_tokenizer
 
     quiet_libraries()
-    check_amsf(loaded.amsf)
+    check_amsf(loaded)
     model = build_model(loaded, model_config(loaded, load_tokenizer(loaded)), "meta")
     try:
         typer.echo(str(explain_blocks(model, **loaded.amsf)))

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from amsf_dist.optimizer import AMSF
@@ -65,7 +66,11 @@ def enable_gradient_release(
 
 
 class GradientRelease:
-    """Hooks on the parameters of a model; see `enable_gradient_release`."""
+    """Hooks on the parameters of a model; see `enable_gradient_release`.
+
+    Attributes:
+        largest: bytes of the gradients of the largest unit on this rank: what is there at once.
+    """
 
     def __init__(
         self,
@@ -94,6 +99,7 @@ class GradientRelease:
             )
         _refuse_wrappers({id(param) for unit in units for param in unit})
         self._optimizer, self._proven = optimizer, False
+        self.largest = max(sum(_bytes(param) for param in unit) for unit in units)
         optimizer.split([unit for unit in units if unit], accumulation == "state")
         later = {id(param) for module in defer for param in module.parameters()}
         self._hooks = [
@@ -138,6 +144,12 @@ def _units(model: nn.Module) -> list[list[nn.Parameter]]:
                 seen.add(id(param))
                 units.setdefault(owner[name], []).append(param)
     return list(units.values())
+
+
+def _bytes(param: nn.Parameter) -> int:
+    here = param.detach()
+    here = here.to_local() if isinstance(here, DTensor) else here
+    return here.numel() * here.element_size()
 
 
 def _refuse_wrappers(params: set[int]) -> None:

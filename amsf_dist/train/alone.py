@@ -28,7 +28,7 @@ def read_alone(directory: Path, config: Config, found: PretrainedConfig) -> Torc
         config: of the job that wrote it.
         found: from `model_config`.
     """
-    config = config.model_copy(update={"parallel": "single", "device": "cpu"})
+    config = config.model_copy(update={"parallel": "single", "device": "cpu", "release": False})
     model = build_model(config, found, "cpu")
     world = World(rank=0, size=1, device=torch.device("cpu"))
     trainer = TorchTrainer(model, build_optimizer(config, model), config, world)

@@ -11,7 +11,7 @@ import yaml
 
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.metrics import read_metrics
-from amsf_dist.train.optimizers import LABELS
+from amsf_dist.train.optimizers import ADAMW_COMPUTED, LABELS
 
 __all__ = ["draw"]
 
@@ -73,8 +73,10 @@ def _owners(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, int
         label: line for label, lines in runs.items() for line in lines if line["kind"] == "memory"
     }
     owners = {label: line["owners"] for label, line in last.items()}
-    if owners and LABELS["adamw"] not in owners:
-        owners["AdamW fp32 (computed)"] = next(iter(last.values()))["adamw"]
+    for line in last.values():
+        owners |= line["others"]
+    if LABELS["adamw"] in owners:
+        owners.pop(ADAMW_COMPUTED, None)
     return owners
 
 

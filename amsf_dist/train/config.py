@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "AccumulationConfig",
     "AdamWConfig",
     "Config",
     "DataConfig",
@@ -83,6 +84,16 @@ class AdamWConfig(_Section):
     """Learning rate at the last step, as a part of `lr`."""
 
 
+class AccumulationConfig(_Section):
+    """The micro-batches of a step, and what becomes of their gradients (docs/release.md)."""
+
+    steps: Count | None = None
+    """Micro-batches a step; null: as `micro_batch_size` has it."""
+    mode: Literal["exact", "state"] = "exact"
+    """`exact`: gradients add up. `state`: into AMSF's state, which needs no memory and is not quite
+    the same; with `release`."""
+
+
 class LogConfig(_Section):
     """Where the figures go besides metrics.jsonl."""
 
@@ -139,8 +150,15 @@ class Config(_Section):
     global_batch_size: Count
     """Sequences a step, over all processes."""
     micro_batch_size: Count | None = None
-    """Sequences a process holds at once; null: no gradient accumulation."""
+    """Sequences a process holds at once; null: as `accumulation` has it."""
+    accumulation: AccumulationConfig = AccumulationConfig()
+    release: bool = False
+    """Every unit's weights move inside backward and its gradients are freed (AMSF, fsdp2 or
+    single)."""
+    clip: Literal["norm", "block", "tensor"] = "norm"
+    """Of AMSF: by the norm of all gradients, or block by block, or parameter by parameter."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Limit of `clip: norm`, and AdamW's in any case; null: none."""
 
     eval_every: Count = 100
     eval_batches: Count | None = None
@@ -164,6 +182,13 @@ class Config(_Section):
                 "precision=bf16 does not go with parallel=deepspeed, which keeps fp32 weights "
                 "beside those in bf16; use precision=mixed"
             )
+        self._check_release()
+        for key in ("clip", "max_norm"):
+            if key in self.amsf:
+                raise ValueError(
+                    f"amsf.{key}={self.amsf[key]}: the job clips; say clip and max_grad_norm "
+                    "beside steps"
+                )
         if self.optimizer in self.compare:
             raise ValueError(
                 f"compare holds {self.optimizer}, which is the optimizer already; "
@@ -183,14 +208,34 @@ class Config(_Section):
                 "precision=bf16 leaves AdamW with bf16 weights that go stale; use precision=mixed"
             )
         if isinstance(self.nproc, int):
-            self.accumulation(self.nproc)
+            self.micro_batches(self.nproc)
         return self
 
-    def accumulation(self, num_processes: int) -> int:
+    def _check_release(self) -> None:
+        if self.accumulation.mode == "state" and not self.release:
+            raise ValueError(
+                "accumulation.mode=state is a part of gradient release; set release=true, "
+                "or accumulation.mode=exact"
+            )
+        if not self.release:
+            return
+        ways_out = {
+            "ddp": "shows gradients before they are reduced; use parallel=fsdp2",
+            "deepspeed": "keeps gradients in buffers of its own; use parallel=fsdp2",
+        }
+        if self.parallel in ways_out:
+            raise ValueError(
+                f"release=true: parallel={self.parallel} {ways_out[self.parallel]}, "
+                "or release=false"
+            )
+        if self.optimizer != "amsf":
+            raise ValueError(f"release=true: optimizer={self.optimizer} cannot; use release=false")
+
+    def micro_batches(self, num_processes: int) -> int:
         """Return the number of micro-batches a step, for a number of processes.
 
         Raises:
-            ValueError: if the global batch does not divide evenly.
+            ValueError: if the global batch does not divide evenly, or two keys disagree.
         """
         per_process, rest = divmod(self.global_batch_size, num_processes)
         if rest:
@@ -199,13 +244,27 @@ class Config(_Section):
                 f"of processes ({num_processes}); "
                 f"e.g. global_batch_size={max(1, per_process) * num_processes}"
             )
-        micro_batches, rest = divmod(per_process, self.micro_batch_size or per_process)
+        steps = self.accumulation.steps
+        if steps is not None and per_process % steps:
+            raise ValueError(
+                f"accumulation.steps ({steps}) must divide the {per_process} sequences that each "
+                f"of {num_processes} processes holds of global_batch_size "
+                f"({self.global_batch_size}); e.g. accumulation.steps={per_process}"
+            )
+        size = self.micro_batch_size or per_process // (steps or 1)
+        micro_batches, rest = divmod(per_process, size)
         if rest or not micro_batches:
             raise ValueError(
                 f"micro_batch_size ({self.micro_batch_size}) must divide the {per_process} "
                 f"sequences that each of {num_processes} processes holds of global_batch_size "
                 f"({self.global_batch_size}); "
                 f"e.g. micro_batch_size={per_process}"
+            )
+        if steps not in (None, micro_batches):
+            raise ValueError(
+                f"accumulation.steps={steps} and micro_batch_size={self.micro_batch_size} disagree "
+                f"on {num_processes} processes: the latter makes {micro_batches} micro-batches; "
+                "leave one of them out"
             )
         return micro_batches
 
@@ -228,6 +287,9 @@ class Config(_Section):
             "compare": [],
             "output_dir": f"{self.output_dir}/{name}",
         }
+        if name == "adamw":  # it takes the ordinary step
+            steps = self.accumulation.steps
+            changes |= {"release": False, "accumulation": AccumulationConfig(steps=steps)}
         if name == "adamw" and self.precision == "bf16":
             changes["precision"] = "mixed"
         return self.model_copy(update=changes)
@@ -235,6 +297,8 @@ class Config(_Section):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued; the rest may change between runs."""
         keys = {"seed", "model", "optimizer", "global_batch_size", "max_grad_norm", "precision"}
+        if self.optimizer == "amsf":
+            keys.add("clip")
         known = self.model_dump(include=keys | {self.optimizer})
         known["data"] = self.data.model_dump(exclude={"path"})  # its content counts, not its name
         if self.optimizer == "adamw":

@@ -63,7 +63,7 @@ def evaluate(
     length = config.data.sequence_length
     limit = config.eval_batches and config.eval_batches * config.global_batch_size
     starts = validation_windows(len(tokens), length, limit)
-    per_process = config.micro_batch_size or max(1, config.global_batch_size // world.size)
+    per_process = config.global_batch_size // world.size // config.micro_batches(world.size)
     total = 0.0
     model.eval()
     # Every process runs the same number of forward passes, or sharded layers would wait for ever:

@@ -151,7 +151,7 @@ def _train(
             validation = run.validate()
             report.validation(done, validation)
             memory = trainer.memory()
-            report.memory(done, memory, trainer.adamw_memory())
+            report.memory(done, memory, trainer.other_memory())
     finally:
         report.close()
     if reason is not None:

@@ -15,6 +15,7 @@ from amsf_dist.train.batches import TrainBatches
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.evaluation import Validation, evaluate
+from amsf_dist.train.moved import Moved
 from amsf_dist.train.optimizers import evaluation_weights, set_learning_rate
 from amsf_dist.train.parallel import World
 from amsf_dist.train.report import Report
@@ -90,17 +91,19 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
     done, reason = first_step, None
     while done < config.steps and reason is None:
         start = time.perf_counter()
-        loss, norm = _step(run, batches, done)
-        # One small reduction settles what all must see alike: the loss, and whether to stop.
-        total, asked = run.world.sum([loss, float(run.stop.reason() is not None)])
+        loss, moved = _step(run, batches, done)
+        # One small reduction settles what all must see alike: the loss, whether every process has
+        # moved, and whether to stop.
+        stops = run.stop.reason() is not None
+        total, skips, asked = run.world.sum([loss, float(not moved.applied), float(stops)])
         done += 1
-        skipped_in_a_row = 0 if np.isfinite(norm) else skipped_in_a_row + 1
+        skipped_in_a_row = skipped_in_a_row + 1 if skips else 0
         skipped += skipped_in_a_row > 0
         run.report.step(
             done,
             time.perf_counter() - start,
             loss=total / run.world.size,
-            grad_norm=norm,
+            grad_norm=moved.norm,
             lr=float(run.trainer.optimizer.param_groups[0]["lr"]),
             skipped_steps=skipped,
         )
@@ -118,14 +121,14 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
     return done, reason
 
 
-def _step(run: Run, batches: TrainBatches, step: int) -> tuple[float, float]:
-    """Do one optimizer step, or skip it on every process if its gradient is not finite.
+def _step(run: Run, batches: TrainBatches, step: int) -> tuple[float, Moved]:
+    """Do one optimizer step, or skip it if its gradient is not finite.
 
     Returns:
-        Mean loss of this process's sequences, and the norm of the whole gradient before clipping.
+        Mean loss of this process's sequences, and what became of the step.
     """
     config, world = run.config, run.world
-    micro_batches = config.accumulation(world.size)
+    micro_batches = config.micro_batches(world.size)
     size = config.global_batch_size // (world.size * micro_batches)
     # Dropout draws from here: no generator state needs to be saved for a run to resume exactly.
     seed = np.random.SeedSequence([config.seed, step, world.rank]).generate_state(1, np.uint64)[0]

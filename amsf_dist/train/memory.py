@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterable
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from amsf_dist.train.config import Config
+from amsf_dist.train.model import sharding_units
 from amsf_dist.train.optimizers import FP32, adamw_fp32, memory_by_owner
 from amsf_dist.train.preflight import shapes_only
 from amsf_dist.train.report import human_bytes
 from amsf_dist.train.zero import memory as zero_memory
 
-__all__ = ["largest_share", "memory_table", "predict"]
+__all__ = ["largest_share", "largest_unit", "memory_table", "predict"]
 
 
 def predict(config: Config, num_processes: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -26,7 +28,7 @@ def predict(config: Config, num_processes: int) -> tuple[dict[str, int], dict[st
         config: the job; its `amsf` section is used whatever its optimizer.
         num_processes: that share the model under fsdp2.
     """
-    optimizer = shapes_only(config.model_copy(update={"optimizer": "amsf"}))
+    model, optimizer = shapes_only(config.model_copy(update={"optimizer": "amsf"}))
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if config.parallel == "deepspeed":
         held = zero_memory.predicted(config, params, num_processes)
@@ -40,7 +42,32 @@ def predict(config: Config, num_processes: int) -> tuple[dict[str, int], dict[st
     shards = num_processes if config.parallel == "fsdp2" else 1
     share = largest_share(params, shards)
     amsf = {owner: round(size * share) for owner, size in memory_by_owner(optimizer).items()}
+    if config.release and (
+        config.accumulation.mode == "state" or config.micro_batches(num_processes) == 1
+    ):
+        amsf["gradients"] = largest_unit(model, shards)
     return amsf, adamw_fp32(round(sum(param.numel() for param in params) * share))
+
+
+def largest_unit(model: PreTrainedModel, shards: int) -> int:
+    """Return the bytes of the gradients of the unit that has most, on the first of some shards.
+
+    Args:
+        model: not sharded yet.
+        shards: 1: every module that owns parameters is a unit.
+    """
+    modules = [model, *sharding_units(model)] if shards > 1 else list(model.modules())
+    owned = {id(param) for module in modules[1:] for param in module.parameters()}
+    units = [list(module.parameters(recurse=shards > 1)) for module in modules]
+    if shards > 1:  # what is left belongs to the root
+        units[0] = [param for param in units[0] if id(param) not in owned]
+    return max(
+        sum(
+            -(-param.shape[0] // shards) * (param.numel() // param.shape[0]) * param.element_size()
+            for param in unit
+        )
+        for unit in units
+    )
 
 
 def largest_share(params: Iterable[Tensor], shards: int) -> float:

@@ -16,10 +16,13 @@ from amsf_dist.train.config import AdamWConfig, Config
 from amsf_dist.train.errors import UserError
 
 __all__ = [
+    "ADAMW_COMPUTED",
     "FP32",
     "LABELS",
+    "ORDINARY",
     "adamw_for",
     "adamw_fp32",
+    "amsf_options",
     "build_optimizer",
     "check_amsf",
     "evaluation_weights",
@@ -29,18 +32,37 @@ __all__ = [
     "warmup_cosine",
 ]
 
+ADAMW_COMPUTED = "AdamW fp32 (computed)"
 LABELS = {"amsf": "AMSF", "adamw": "AdamW + cosine"}
+ORDINARY = "AMSF without release (computed)"
 FP32 = 4  # bytes
 
 
-def check_amsf(options: dict[str, Any]) -> None:
+def amsf_options(config: Config) -> dict[str, Any]:
+    """Return the arguments of AMSF for a job: its `amsf` section and how it clips.
+
+    DeepSpeed clips by the norm itself. So does the job where the step is to be `deterministic`,
+    for AMSF refuses that: sums of all gradients depend on the number of processes in their last
+    bits.
+    """
+    if config.clip != "norm":
+        return {**config.amsf, "clip": config.clip}
+    outside = config.parallel == "deepspeed" or (
+        config.amsf.get("deterministic") is True and not config.release
+    )
+    if outside or config.max_grad_norm is None:
+        return config.amsf
+    return {**config.amsf, "clip": "norm", "max_norm": config.max_grad_norm}
+
+
+def check_amsf(config: Config) -> None:
     """Check the arguments of AMSF without a model.
 
     Raises:
         UserError: naming the key, the value, the range and the cure.
     """
     try:
-        Hyper.of(options)
+        Hyper.of(amsf_options(config))
     except (TypeError, ValueError) as error:
         raise UserError(f"amsf: {error}") from None
 
@@ -53,7 +75,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     if config.optimizer == "amsf":
         try:
-            return AMSF(model, **config.amsf)
+            return AMSF(model, **amsf_options(config))
         except (TypeError, ValueError) as error:
             raise UserError(f"amsf: {error}") from None
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
@@ -109,8 +131,15 @@ def adamw_fp32(numel: int) -> dict[str, int]:
     return dict.fromkeys(("weights", "gradients", "exp_avg", "exp_avg_sq"), numel * FP32)
 
 
-def memory_by_owner(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Return the bytes on this rank of weights, gradients and each line of optimizer state."""
+def memory_by_owner(
+    optimizer: torch.optim.Optimizer, gradients: int | None = None
+) -> dict[str, int]:
+    """Return the bytes on this rank of weights, gradients and each line of optimizer state.
+
+    Args:
+        optimizer: AMSF or AdamW.
+        gradients: bytes of those that are there at once; None: all.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     weights = sum(_bytes(param) for param in params)
     if isinstance(optimizer, AMSF):
@@ -121,7 +150,8 @@ def memory_by_owner(optimizer: torch.optim.Optimizer) -> dict[str, int]:
             states = (optimizer.state[param].get(name) for param in params)
             owners[name] = sum(_bytes(state) for state in states if state is not None)
     # A gradient has the dtype and the shard of its parameter.
-    owners = {"weights": owners.pop("weights"), "gradients": weights, **owners}
+    gradients = weights if gradients is None else gradients
+    owners = {"weights": owners.pop("weights"), "gradients": gradients, **owners}
     return {name: size for name, size in owners.items() if size}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from amsf_dist.train import checkpoint
 from amsf_dist.train.config import Config
@@ -35,7 +36,7 @@ def preflight(config: Config, nproc: int) -> None:
         UserError: for the first thing that would not work.
     """
     try:
-        config.accumulation(nproc)
+        config.micro_batches(nproc)
     except ValueError as error:
         raise UserError(str(error)) from None
     if config.parallel == "single" and nproc != 1:
@@ -47,7 +48,7 @@ def preflight(config: Config, nproc: int) -> None:
         require_deepspeed()
     for run in (config, *(config.for_optimizer(name) for name in config.compare)):
         if run.optimizer == "amsf":
-            check_amsf(run.amsf)
+            check_amsf(run)
         if run.parallel == "deepspeed":
             deepspeed_config(run, nproc)
         _check_output(run)
@@ -57,14 +58,15 @@ def preflight(config: Config, nproc: int) -> None:
         shapes_only(run)
 
 
-def shapes_only(config: Config) -> torch.optim.Optimizer:
-    """Return the optimizer over the config's model on the meta device: every shape, no memory.
+def shapes_only(config: Config) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """Return the config's model and its optimizer on the meta device: every shape, no memory.
 
     Raises:
         UserError: if the model or the optimizer refuses the config.
     """
     found = model_config(config, load_tokenizer(config))
-    return build_optimizer(config, build_model(config, found, "meta"))
+    model = build_model(config, found, "meta")
+    return model, build_optimizer(config, model)
 
 
 def local_processes(config: Config) -> int:

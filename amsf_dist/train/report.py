@@ -115,10 +115,10 @@ class Report:
             f"validation {result.bits_per_byte:.4f} bits/byte (loss {result.loss:.4f})"
         )
 
-    def memory(self, done: int, owners: dict[str, int], adamw: dict[str, int]) -> None:
-        """Write the bytes by owner on the main process, and those of AdamW in its place."""
+    def memory(self, done: int, owners: dict[str, int], others: dict[str, dict[str, int]]) -> None:
+        """Write the bytes by owner on the main process, and of what could be in its place."""
         if self._speaks:
-            self._metrics.write("memory", done, owners=owners, adamw=adamw)
+            self._metrics.write("memory", done, owners=owners, others=others)
 
     def say(self, text: str) -> None:
         """Log a line above the bar."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -20,9 +20,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PretrainedConfig
 
+from amsf_dist.optimizer import AMSF
+from amsf_dist.release import GradientRelease, enable_gradient_release
 from amsf_dist.train.config import Config
 from amsf_dist.train.evaluation import sequence_losses
+from amsf_dist.train.moved import Moved
 from amsf_dist.train.optimizers import (
+    ADAMW_COMPUTED,
+    ORDINARY,
     adamw_fp32,
     build_optimizer,
     evaluation_weights,
@@ -46,23 +51,38 @@ class TorchTrainer:
         self.optimizer = optimizer
         self._config = config
         self._world = world
+        self._skipped = 0
+        self._release: GradientRelease | None = None
+        if config.release and isinstance(optimizer, AMSF):
+            mode = config.accumulation.mode
+            self._release = enable_gradient_release(model, optimizer, accumulation=mode)
 
     def backward(self, windows: Tensor, last: bool) -> Tensor:
         """Add the gradient of a micro-batch; it is reduced as the config says."""
-        micro_batches = self._config.accumulation(self._world.size)
+        micro_batches = self._micro_batches
+        if isinstance(self.optimizer, AMSF) and self._release is not None:
+            self.optimizer.optimizer_accumulation = not last
         with gradient_sync(self.model, last, self._config):
             with arithmetic(self._config, self._world):
                 part = sequence_losses(self.model, windows).mean() / micro_batches
             part.backward()
         return part.detach()
 
-    def move(self) -> float:
+    def move(self) -> Moved:
         """Clip, step unless the gradient is not finite, and let go of it."""
-        norm = _clip(self.model, self._config.max_grad_norm)
-        if np.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        optimizer, config = self.optimizer, self._config
+        if isinstance(optimizer, AMSF) and (self._release or _clips_by_norm(optimizer)):
+            optimizer.step()
+            optimizer.zero_grad()
+            skipped, norm = optimizer.skipped_steps, optimizer.grad_norm
+            applied, self._skipped = skipped == self._skipped, skipped
+            return Moved(math.nan if norm is None else norm, applied)
+        by_norm = config.clip == "norm" or not isinstance(optimizer, AMSF)
+        norm = _clip(self.model, config.max_grad_norm if by_norm else None)
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        return Moved(norm, math.isfinite(norm))
 
     def write(self, directory: Path) -> None:
         """Write torch.distributed.checkpoint files, a part from each process."""
@@ -102,14 +122,23 @@ class TorchTrainer:
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of this process's shards."""
-        return memory_by_owner(self.optimizer)
+        kept = self._micro_batches > 1 and self._config.accumulation.mode == "exact"
+        at_once = None if self._release is None or kept else self._release.largest
+        return memory_by_owner(self.optimizer, at_once)
 
-    def adamw_memory(self) -> dict[str, int]:
-        """Return the bytes of the same shards under AdamW."""
-        return adamw_fp32(local_elements(self.optimizer))
+    def other_memory(self) -> dict[str, dict[str, int]]:
+        """Return the bytes of the same shards in the ordinary step, and under AdamW."""
+        ordinary = {ORDINARY: memory_by_owner(self.optimizer)} if self._release else {}
+        return {**ordinary, ADAMW_COMPUTED: adamw_fp32(local_elements(self.optimizer))}
 
     def close(self) -> None:
-        """Nothing is held that Python does not let go of."""
+        """Let gradients be; nothing else is held that Python does not let go of."""
+        if self._release is not None:
+            self._release.remove()
+
+    @property
+    def _micro_batches(self) -> int:
+        return self._config.micro_batches(self._world.size)
 
 
 def build_torch_trainer(config: Config, found: PretrainedConfig, world: World) -> TorchTrainer:
@@ -124,6 +153,10 @@ def build_torch_trainer(config: Config, found: PretrainedConfig, world: World) -
     return TorchTrainer(model, optimizer, config, world)
 
 
+def _clips_by_norm(optimizer: AMSF) -> bool:
+    return any(group["clip"] == "norm" for group in optimizer.param_groups)
+
+
 def _clip(model: nn.Module, max_norm: float | None) -> float:
     """Clip, and return the norm before it: of the whole gradient, so the same on every process."""
     grads = [param.grad for param in model.parameters() if param.grad is not None]
@@ -131,7 +164,7 @@ def _clip(model: nn.Module, max_norm: float | None) -> float:
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
     factor = 1.0 if max_norm is None else max_norm / (float(norm) + 1e-6)
-    if factor < 1.0 and np.isfinite(factor):
+    if factor < 1.0 and math.isfinite(factor):
         torch._foreach_mul_([_local(grad) for grad in grads], factor)
     return float(norm)
 

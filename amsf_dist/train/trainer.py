@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from amsf_dist.train.config import Config
+from amsf_dist.train.moved import Moved
 from amsf_dist.train.parallel import World
 from amsf_dist.train.torch_trainer import build_torch_trainer
 
@@ -36,12 +37,8 @@ class Trainer(Protocol):
             Its part of the loss of the step: the parts add up to the mean.
         """
 
-    def move(self) -> float:
-        """Clip and do the optimizer's step, or skip it everywhere if the gradient is not finite.
-
-        Returns:
-            Norm of the whole gradient before clipping; not finite: skipped.
-        """
+    def move(self) -> Moved:
+        """Clip and do the optimizer's step, or skip it if the gradient is not finite."""
 
     def write(self, directory: Path) -> None:
         """Write weights and state into a directory that exists."""
@@ -59,8 +56,8 @@ class Trainer(Protocol):
     def memory(self) -> dict[str, int]:
         """Return the bytes on this process by owner, without activations."""
 
-    def adamw_memory(self) -> dict[str, int]:
-        """Return what AdamW in fp32 would hold in its place."""
+    def other_memory(self) -> dict[str, dict[str, int]]:
+        """Return the same of what could be in its place, computed: by the name in the chart."""
 
     def close(self) -> None:
         """Let go of what the model holds."""

@@ -29,6 +29,28 @@ MISTAKES = {
     "a baseline that is the run": ("compare=[amsf]", "remove it from compare"),
     "a batch that does not divide": ("nproc=4 ; parallel=ddp", "global_batch_size=4"),
     "a micro-batch that does not": ("micro_batch_size=4", "micro_batch_size=6"),
+    "micro-batches that do not": ("accumulation.steps=4", "accumulation.steps=6"),
+    "micro-batches told twice": (
+        "accumulation.steps=3 ; micro_batch_size=3",
+        "the latter makes 2 micro-batches; leave one of them out",
+    ),
+    "a way to accumulate": (
+        "accumulation.mode=exactly",
+        "accumulation.mode must be exact or state",
+    ),
+    "gradients into the state": ("accumulation.mode=state", "set release=true"),
+    "release under DDP": ("release=true ; parallel=ddp", "use parallel=fsdp2"),
+    "release under DeepSpeed": (
+        "release=true ; parallel=deepspeed ; deepspeed=x.json",
+        "keeps gradients in buffers of its own",
+    ),
+    "release of AdamW": ("release=true ; optimizer=adamw", "use release=false"),
+    "a way to clip": ("clip=value", "clip must be norm, block or tensor"),
+    "clipping told twice": ("amsf.clip=block", "say clip and max_grad_norm beside steps"),
+    "norms whose bits differ": (
+        "clip=tensor ; amsf.deterministic=true",
+        "with deterministic=True use clip='block'",
+    ),
     "processes for a single one": ("nproc=2", "parallel=single takes nproc=1"),
     "a warmup beyond the end": ("compare=[adamw] ; adamw.warmup_steps=9", "below steps (6)"),
     "stale bf16 weights": ("optimizer=adamw ; precision=bf16", "use precision=mixed"),

@@ -17,7 +17,7 @@ from amsf_dist.train.config_file import load_config
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.memory import largest_share, predict
 from amsf_dist.train.metrics import MetricsFile, read_metrics
-from amsf_dist.train.optimizers import adamw_fp32, check_amsf, warmup_cosine
+from amsf_dist.train.optimizers import adamw_fp32, amsf_options, check_amsf, warmup_cosine
 from amsf_dist.train.preflight import preflight
 from amsf_dist.train.report import human_bytes
 
@@ -27,7 +27,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_shipped_config_is_valid(path: Path) -> None:
     config = load_config(path)
-    check_amsf(config.amsf)
+    check_amsf(config)
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
 
 
@@ -59,10 +59,65 @@ def test_a_baseline_is_the_same_job_in_its_own_folder(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("processes, micro, expected", [(1, None, 1), (2, 1, 3), (3, 2, 1)])
-def test_accumulation(processes: int, micro: int | None, expected: int, tmp_path: Path) -> None:
-    config = load_config(write_config(tmp_path), [f"micro_batch_size={json.dumps(micro)}"])
-    assert config.accumulation(processes) == expected
+def test_a_baseline_takes_the_ordinary_step(tmp_path: Path) -> None:
+    words = ["release=true", "accumulation={steps: 2, mode: state}", "clip=block"]
+    config = load_config(write_config(tmp_path, compare=["adamw"]), words)
+    baseline = config.for_optimizer("adamw")
+    assert not baseline.release and baseline.accumulation.mode == "exact"
+    assert baseline.micro_batches(1) == config.micro_batches(1) == 2
+    assert Config.model_validate(baseline.model_dump()) == baseline
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ([], {"clip": "norm", "max_norm": 1.0}),
+        (["max_grad_norm=null"], {}),
+        (["clip=block"], {"clip": "block"}),
+        (["amsf.deterministic=true"], {}),  # the job clips
+        (["parallel=deepspeed", "deepspeed=x.json"], {}),  # DeepSpeed clips
+        (["parallel=deepspeed", "deepspeed=x.json", "clip=tensor"], {"clip": "tensor"}),
+    ],
+)
+def test_who_clips(words: list[str], wanted: dict[str, object], tmp_path: Path) -> None:
+    options = amsf_options(load_config(write_config(tmp_path), words))
+    assert {key: options[key] for key in ("clip", "max_norm") if key in options} == wanted
+
+
+@pytest.mark.parametrize(
+    "processes, words, whole",
+    [
+        (2, [], True),
+        (2, ["release=true"], False),
+        (1, ["release=true", "parallel=single"], False),
+        (2, ["release=true", "accumulation.steps=3"], True),
+        (2, ["release=true", "accumulation={steps: 3, mode: state}"], False),
+    ],
+)
+def test_memory_of_gradients_is_that_of_the_largest_unit(
+    processes: int, words: list[str], whole: bool, tmp_path: Path
+) -> None:
+    config = load_config(write_config(tmp_path, parallel="fsdp2", nproc="auto"), words)
+    owners, _ = predict(config, processes)
+    # 32 wide: embedding and head have 320 rows, a layer q, o, k, v, three matrices and two norms
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    largest = 320 * 32 if processes == 1 else max(320 * 32, layer) // 2
+    assert owners["gradients"] == (owners["weights"] if whole else 4 * largest)
+
+
+@pytest.mark.parametrize(
+    "processes, words, expected",
+    [
+        (1, [], 1),
+        (2, ["micro_batch_size=1"], 3),
+        (3, ["micro_batch_size=2"], 1),
+        (2, ["accumulation.steps=3"], 3),
+        (1, ["accumulation.steps=2", "micro_batch_size=3"], 2),
+    ],
+)
+def test_accumulation(processes: int, words: list[str], expected: int, tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path), words)
+    assert config.micro_batches(processes) == expected
 
 
 def test_the_cosine_rises_to_one_and_falls_to_its_end() -> None:

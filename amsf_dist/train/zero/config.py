@@ -13,6 +13,7 @@ from typing import Any
 
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError, one_line
+from amsf_dist.train.optimizers import amsf_options
 
 __all__ = ["deepspeed_config", "read_deepspeed_file", "read_deepspeed_json", "stage_of"]
 
@@ -31,14 +32,16 @@ def deepspeed_config(config: Config, num_processes: int) -> dict[str, Any]:
     """
     settings = copy.deepcopy(read_deepspeed_file(config))
     stage_of(config, settings)
-    micro_batches = config.accumulation(num_processes)
+    micro_batches = config.micro_batches(num_processes)
+    clips = config.clip == "norm" or config.optimizer == "adamw"
+    limit, said_by = (config.max_grad_norm or 0.0, "max_grad_norm") if clips else (0.0, "clip")
     per_process = config.global_batch_size // num_processes // micro_batches
     agreed = {
         "train_batch_size": (config.global_batch_size, "global_batch_size"),
         "train_micro_batch_size_per_gpu": (per_process, "micro_batch_size"),
         "gradient_accumulation_steps": (micro_batches, "micro_batch_size"),
         # always, for DeepSpeed clips at 1.0 where nothing is said
-        "gradient_clipping": (config.max_grad_norm or 0.0, "max_grad_norm"),
+        "gradient_clipping": (limit, said_by),
         "bf16.enabled": (config.precision == "mixed", "precision"),
         "fp16.enabled": (False, "precision"),
         "torch_autocast.enabled": (False, "precision"),  # bf16 is what `mixed` is here
@@ -48,7 +51,7 @@ def deepspeed_config(config: Config, num_processes: int) -> dict[str, Any]:
     _check_rest(config, settings)
     settings.pop("optimizer", None)
     if config.optimizer == "amsf":
-        settings["optimizer"] = {"type": "AMSF", "params": copy.deepcopy(config.amsf)}
+        settings["optimizer"] = {"type": "AMSF", "params": copy.deepcopy(amsf_options(config))}
     else:
         # torch's AdamW, as under the other engines; offloaded, DeepSpeed wants its own otherwise
         settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}

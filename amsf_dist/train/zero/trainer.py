@@ -19,6 +19,8 @@ from amsf_dist.train.config import Config
 from amsf_dist.train.durable import sync
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.evaluation import sequence_losses
+from amsf_dist.train.moved import Moved
+from amsf_dist.train.optimizers import ADAMW_COMPUTED
 from amsf_dist.train.parallel import World
 from amsf_dist.train.zero.files import TAG, holds_zero
 from amsf_dist.train.zero.memory import held, with_adamw, with_state
@@ -48,10 +50,10 @@ class ZeroTrainer:
         self._engine.step()
         return loss.detach() / self._engine.gradient_accumulation_steps()
 
-    def move(self) -> float:
-        """Return the norm of the step that `backward` has done."""
+    def move(self) -> Moved:
+        """Tell of the step that `backward` has done."""
         norm = float(self._engine.get_global_grad_norm())
-        return norm if self._engine.was_step_applied() else math.inf
+        return Moved(norm, self._engine.was_step_applied() and math.isfinite(norm))
 
     def write(self, directory: Path) -> None:
         """Let DeepSpeed write below the directory, every file durably."""
@@ -104,9 +106,9 @@ class ZeroTrainer:
         """Return the bytes that lie in DeepSpeed's partitions, and in the weights of forward."""
         return with_state(held(self._engine), self.optimizer)
 
-    def adamw_memory(self) -> dict[str, int]:
+    def other_memory(self) -> dict[str, dict[str, int]]:
         """Return the bytes of AdamW at the same stage."""
-        return with_adamw(held(self._engine))
+        return {ADAMW_COMPUTED: with_adamw(held(self._engine))}
 
     def close(self) -> None:
         """Take DeepSpeed's hooks and buffers down, before another engine is built."""
