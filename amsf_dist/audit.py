@@ -15,10 +15,12 @@ from amsf_dist.architecture import read_architecture
 from amsf_dist.groups import cut_lines, trainable
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
+from amsf_dist.kernels.grouping import num_groups
 from amsf_dist.rules import RULES
 from amsf_dist.shards import Layout, flats_of, locate, on_paper
 from amsf_dist.state import STASH, WEIGHT
 from amsf_dist.storage import state_storage, weight_storage
+from amsf_dist.storage.grouped import SCALE_DTYPE
 
 __all__ = ["Explanation", "Row", "explain", "explain_holdings", "memory"]
 
@@ -119,7 +121,8 @@ def explain(
         named, cut_lines(group, read_architecture(model), flats), strict=True
     ):
         one = torch.empty(1, dtype=param.dtype, device="meta")
-        line = state_storage(storage, param.dtype).allocate("line", one).values()
+        kept = state_storage(storage, param.dtype)
+        line = kept.allocate("line", one).values()
         weights = weight_storage(hyper.weight_storage, param.dtype)
         errors = weights.beside(WEIGHT, one).values()
         if mesh is None:
@@ -127,7 +130,8 @@ def explain(
         else:
             (part,) = parts
             layout = on_paper(part, [mesh] if isinstance(mesh, int) else mesh)
-        rows += _rows(layout, param, len(lines) * sum(map(_bytes, line)) + sum(map(_bytes, errors)))
+        per_number = len(lines) * sum(map(_bytes, line)) + sum(map(_bytes, errors))
+        rows += _rows(layout, param, per_number, len(lines) if kept.group else 0)
     return Explanation(tuple(rows))
 
 
@@ -135,10 +139,10 @@ def explain_holdings(holdings: Sequence[Holding]) -> Explanation:
     """The table of a built optimizer."""
     rows: list[Row] = []
     for holding in holdings:
-        tensors = [tensor for line in holding.lines for tensor in line.tensors]
-        tensors += holding.errors
-        numel = max(1, holding.memory(holding.param).numel())
-        rows += _rows(holding.layout, holding.param, sum(map(_bytes, tensors)) / numel)
+        tensors = [tensor for line in holding.lines for tensor in line.by_number]
+        per_number = sum(tensor.element_size() for tensor in (*tensors, *holding.errors))
+        grouped = sum(bool(line.storage.group) for line in holding.lines)
+        rows += _rows(holding.layout, holding.param, per_number, grouped)
     return Explanation(tuple(rows))
 
 
@@ -157,7 +161,8 @@ def memory(
         owners["error_bits"] += sum(map(_bytes, holding.errors))
         for name, line in zip(holding.rule.lines, holding.lines, strict=True):
             owners[name] = owners.get(name, 0) + sum(map(_bytes, line.tensors))
-        owners["v"] = owners.get("v", 0) + _bytes(holding.exp_avg_sq)
+        moments = sum(_bytes(partition.moments) for partition in holding.partitions)
+        owners["v"] = owners.get("v", 0) + moments
         if STASH in state[holding.param]:
             stash = holding.memory(state[holding.param][STASH])
             owners["y"] = owners.get("y", 0) + _bytes(stash)
@@ -165,17 +170,28 @@ def memory(
     return owners
 
 
-def _rows(layout: Layout, param: Tensor, bytes_per_element: float) -> Iterator[Row]:
+def _rows(layout: Layout, param: Tensor, per_number: int, grouped: int) -> Iterator[Row]:
+    """Rows of one tensor.
+
+    Args:
+        layout: of the tensor.
+        param: the tensor.
+        per_number: bytes of its state per number.
+        grouped: how many of its lines have a scale per group.
+    """
     moment_bytes = torch.promote_types(param.dtype, torch.float32).itemsize
     for piece in layout.pieces:
-        part = piece.part
+        part, all_ways = piece.part, (piece, *piece.others)
+        here = sum(cut.num_blocks for cut in all_ways)
         yield Row(
             name=part.name,
             shape=part.shape,
             kind=part.blocks.kind,
-            blocks=part.num_blocks,
-            cut_blocks=piece.cut_blocks,
-            state_bytes=round(piece.numel * bytes_per_element) + piece.num_blocks * moment_bytes,
+            blocks=sum(cut.part.num_blocks for cut in all_ways),
+            cut_blocks=sum(cut.cut_blocks for cut in all_ways),
+            state_bytes=piece.numel * per_number
+            + here * moment_bytes
+            + (grouped and grouped * num_groups(piece) * SCALE_DTYPE.itemsize),
             note=part.blocks.note,
         )
 

@@ -26,16 +26,19 @@ class Blocks:
     """How one parameter's line is cut.
 
     Attributes:
-        kind: `"element"`, `"row"`, `"head"` or `"tensor"`.
+        kind: `"element"`, `"row"`, `"head"`, `"tensor"` or `"factored"` (rows); in `others` also
+            `"column"` and `"mean"` (the whole, its one moment kept by all ranks).
         block_numel: elements per block; divides numel (1 where numel is 0).
         order: permutation of the dims whose row-major order is the line; None = as stored.
         note: why, when the parameter was not recognised or fell back; shown by `explain`.
+        others: further ways in which the same numbers are cut at the same time.
     """
 
     kind: str
     block_numel: int
     order: tuple[int, ...] | None = None
     note: str = ""
+    others: tuple[Blocks, ...] = ()
 
     def num_blocks(self, shape: Sequence[int]) -> int:
         """Blocks of a parameter of this (global) shape."""
@@ -139,6 +142,8 @@ def _by_kind(kind: str, param: _Parameter) -> Blocks:
         return _row(param)
     if kind == "head":
         return _head(param, strict="kind 'head'")
+    if kind == "factored":
+        return _factored(param)
     return _by_role(kind, param)
 
 
@@ -166,6 +171,30 @@ def _by_role(kind: str, param: _Parameter) -> Blocks:
 
 def _row(param: _Parameter) -> Blocks:
     return _runs("row", param, 1, param.facts.note)
+
+
+def _factored(param: _Parameter) -> Blocks:
+    """Rows, columns and the whole of a matrix (docs/algorithm.md (12) to (14)); the rest as "auto".
+
+    A stack of matrices is one matrix, with its rows over those of all.
+    """
+    role, shape, rows = param.facts.role, param.shape, param.rows
+    if role in ("bias", "norm") or len(shape) < 2:
+        return _by_role("auto", param)
+    if not param.numel:
+        return _row(param)
+    columns = param.numel // rows
+    if rows == 1 or columns == 1:  # a vector in two dims
+        return Blocks("element", 1)
+    order = param.facts.order or tuple(range(len(shape)))
+    leading = 1 if role in _OUTPUTS_FIRST else len(shape) - 1
+    if math.prod(shape[dim] for dim in order[:leading]) != rows:
+        return replace(_row(param), note="rows are no dims of it: not factored, one row per block")
+    # which dim of a matrix holds the rows makes no difference, and more dims seldom stay unknown
+    note = "" if len(shape) == 2 else _by_role("auto", param).note
+    swapped = (*order[leading:], *order[:leading])
+    others = Blocks("column", rows, swapped), Blocks("mean", param.numel)
+    return Blocks("factored", columns, param.facts.order, note, others)
 
 
 def _tensor(param: _Parameter) -> Blocks:

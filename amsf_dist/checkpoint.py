@@ -78,7 +78,8 @@ def import_state_dict(
     for unit in current.units:
         unit.sums.agree()  # on the means of blocks cut by a shard boundary
     for holding in holdings:
-        kernels.take_means_(holding)
+        for partition in holding.partitions:
+            kernels.take_means_(partition)
     averaged = any(holding.rule.averaged for holding in holdings)
     for group in optimizer.param_groups:
         group["train_mode"] = found.training or not averaged
@@ -120,9 +121,10 @@ def _check(holding: Holding, saved: Saved, found: Foreign) -> None:
 
 
 def _take_moments_(holding: Holding, saved: Saved) -> None:
-    """Write second moments of element blocks, add the means of other blocks to `holding.sums`."""
+    """Write second moments of element blocks, add the means of other blocks to their sums."""
     if saved.exp_avg_sq is None:
-        holding.exp_avg_sq.zero_()
+        for partition in holding.partitions:
+            partition.moments.zero_()
         return
     spread, numel = saved.exp_avg_sq, holding.param.numel()
     if spread.shape != holding.param.shape and numel:  # one number per run of the line as stored
@@ -130,8 +132,9 @@ def _take_moments_(holding: Holding, saved: Saved) -> None:
         spread = blocks.expand(-1, numel // blocks.numel()).reshape(holding.param.shape)
     values = _here(holding, spread)
     values *= _same_correction(saved.step, saved.betas[1], holding.group["betas"][1])
-    kernels.gather_(holding, values)
-    kernels.add_means(holding, values)
+    for partition in holding.partitions:
+        kernels.gather_(partition, values)
+        kernels.add_means(partition, values)
 
 
 def _take_line_(holding: Holding, saved: Saved, found: Foreign) -> None:
@@ -233,7 +236,7 @@ def _as_adamw(holding: Holding, step: float, full: bool) -> dict[str, Tensor]:
         exp_avg = kernels.read_line(holding, 0)
     else:
         exp_avg = torch.zeros_like(holding.memory(holding.param), dtype=holding.compute_dtype)
-    moments = {"exp_avg": exp_avg, "exp_avg_sq": kernels.spread(holding)}
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": kernels.second_moments(holding)}
     entries = {"step": torch.tensor(step, dtype=torch.float32)}
     for key, values in moments.items():
         out = torch.empty_like(holding.param, dtype=values.dtype, requires_grad=False)

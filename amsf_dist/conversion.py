@@ -7,15 +7,17 @@ torch's loading functions look at shapes before our optimizer sees the state dic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from amsf_dist.blocks import canonical_name
+from amsf_dist.blocks import Blocks, canonical_name
+from amsf_dist.loading import moment_keys
 from amsf_dist.optimizer import AMSF
 from amsf_dist.shards import Part, line_shape, vector_shape
-from amsf_dist.state import MOMENT
+from amsf_dist.state import MOMENT, MOMENTS
 
 __all__ = ["convert_state_dict"]
 
@@ -38,12 +40,11 @@ def convert_state_dict(state_dict: Mapping[str, Any], optimizer: AMSF) -> dict[s
     if not state_dict:
         return {}
     parts = {part.name: part for part in optimizer.parts}
-    flat = any(holding.layout.moments_by_element for holding in optimizer.holdings)
+    flat = [h for h in optimizer.holdings if h.layout.moments_by_element]
+    keys = moment_keys(flat) if flat else None
     names = _names(state_dict)
     state = {
-        key: _converted(names[key], parts[names[key]], entries, flat)
-        if names.get(key) in parts
-        else entries
+        key: _converted(parts[names[key]], entries, keys) if names.get(key) in parts else entries
         for key, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
@@ -58,24 +59,45 @@ def _names(state_dict: Mapping[str, Any]) -> dict[Any, str]:
     return {key: canonical_name(name) for key, name in names.items()}
 
 
-def _converted(name: str, part: Part, entries: Mapping[str, Any], flat: bool) -> dict[str, Any]:
+def _converted(
+    part: Part, entries: Mapping[str, Any], flat: Sequence[str] | None
+) -> dict[str, Any]:
+    """The state of one parameter.
+
+    Args:
+        part: it.
+        entries: its saved state.
+        flat: under FSDP1 the moments that any parameter has: it wants the same of all; else None.
+    """
     if MOMENT not in entries:
         return dict(entries)
-    moment: Tensor = entries[MOMENT]
-    vector, shape = vector_shape(part.shape, part.blocks), tuple(moment.shape)
-    if shape not in (vector, part.shape):
+    converted = {key: value for key, value in entries.items() if key not in MOMENTS}
+    for key, blocks in zip(MOMENTS, (part.blocks, *part.blocks.others), strict=False):
+        if key in entries:
+            which = f"{part.name}: {key!r}"
+            converted[key] = _moment(which, part.shape, blocks, entries[key], flat is not None)
+    for key in flat or ():
+        if key not in converted and key != MOMENT:
+            converted[key] = torch.zeros_like(converted[MOMENT])
+    return converted
+
+
+def _moment(
+    which: str, shape: tuple[int, ...], blocks: Blocks, moment: Tensor, flat: bool
+) -> Tensor:
+    vector, saved = vector_shape(shape, blocks), tuple(moment.shape)
+    if saved not in (vector, shape):
         raise ValueError(
-            f"{name}: {MOMENT!r} was saved with shape {shape}, neither {vector} (per block) nor "
-            f"{part.shape} (per element); build the optimizer with the blocks= of then"
+            f"{which} was saved with shape {saved}, neither {vector} (per block) nor {shape} (per "
+            "element); build the optimizer with the blocks= of then"
         )
-    line, order = line_shape(part.shape, part.blocks), part.blocks.order
-    if flat and shape == vector:
-        moment = moment.reshape(-1, 1).expand(part.num_blocks, part.blocks.block_numel)
-        moment = moment.reshape(line)
+    line, order = line_shape(shape, blocks), blocks.order
+    if flat and saved == vector:
+        moment = moment.reshape(-1, 1).expand(-1, blocks.block_numel).reshape(line)
         if order is not None:
             moment = moment.permute([order.index(dim) for dim in range(len(order))])
-    elif not flat and shape != vector:
+    elif not flat and saved != vector:
         moment = moment if order is None else moment.permute(order)
-        moment = moment.reshape(part.num_blocks, -1)[:, 0].reshape(vector)
+        moment = moment.reshape(blocks.num_blocks(shape), -1)[:, 0].reshape(vector)
     # a broadcast reads memory as it lies, also where a view repeats or skips it
-    return {**entries, MOMENT: moment.contiguous()}
+    return moment.contiguous()

@@ -18,13 +18,12 @@ __all__ = ["LATER", "Hyper"]
 # Words of the public contract whose code arrives in a later version: refused with the cure, not
 # silently replaced by something else.
 LATER: dict[str, dict[str, str]] = {
-    "state_storage": {"int8": "bf16"},
     "lr_adaptation": {"grad_norm": "None"},
 }
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "decay": ("all", "matrices"),
     "weight_storage": ("auto", "native", "kahan", "bf16+8", "bf16+16", "stochastic"),
-    "state_storage": ("auto", "fp32", "bf16"),
+    "state_storage": ("auto", "fp32", "bf16", "int8"),
     "lr_adaptation": (None,),
 }
 

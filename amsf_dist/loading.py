@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amsf_dist import kernels, stamp
+from amsf_dist import kernels, portable, stamp
 from amsf_dist.blocks import canonical_name
 from amsf_dist.groups import names_of
 from amsf_dist.hyper import Hyper
-from amsf_dist.kernels import Holding
+from amsf_dist.kernels import Holding, Partition
 from amsf_dist.shards import copy_into, whole
-from amsf_dist.state import MOMENT, STASH
+from amsf_dist.state import MOMENT, MOMENTS, STASH
 
-__all__ = ["load"]
+__all__ = ["completed", "load", "moment_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def completed(
     state: Mapping[Tensor, dict[str, Any]],
     stamps: Mapping[int, float | None],
 ) -> dict[str, Any]:
-    """What torch's state dict lacks: stamps, and under FSDP1 moments as large as the parameter.
+    """What torch's state dict lacks: stamps, scales and under FSDP1 moments for every number.
 
     Args:
         state_dict: torch's; its inner dicts are the live ones and stay as they are.
@@ -58,13 +59,24 @@ def completed(
     ]
     entries = dict(state_dict["state"])
     flat = {id(holding.param): holding for holding in holdings if holding.layout.moments_by_element}
+    grouped = {id(holding.param): holding for holding in holdings if holding.grouping is not None}
+    keys = moment_keys(list(flat.values()))
     params = [param for group in groups for param in group["params"]]
     for index, param in enumerate(params):
         if id(param) in flat:
             # a slice is a line, but where FSDP1 does not shard, its parameters keep their shapes
-            moments = kernels.spread(flat[id(param)]).view(param.shape)
-            entries[index] = {**entries[index], MOMENT: moments}
+            holding = flat[id(param)]
+            entries[index] = dict(entries[index])
+            for key, partition in zip_longest(keys, holding.partitions):
+                entries[index][key] = kernels.spread(holding, partition).view(param.shape)
+        if id(param) in grouped:
+            entries[index] = {**entries[index], **portable.spread_scales(grouped[id(param)])}
     return {**state_dict, "state": entries, "param_groups": saved_groups}
+
+
+def moment_keys(holdings: Sequence[Holding]) -> list[str]:
+    """Block moments that any of these have. FSDP1's functions want the same keys of all."""
+    return list(MOMENTS[: max((len(holding.partitions) for holding in holdings), default=0)])
 
 
 def load(
@@ -184,18 +196,23 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
         ValueError: lines are missing, or have another shape.
     """
     name = holding.name or "a parameter"
+    scales = [portable.scale_key(line) for line in holding.rule.lines]
+    moments = {partition.key: partition for partition in holding.partitions}
     for key, value in ours.items():
         if key == STASH or (key not in saved and key in holding.error_keys):
             continue  # weights saved without error bits are those weights
+        if key in scales and key not in saved:
+            continue  # lines saved in another storage
         if key not in saved:
+            option = "blocks=" if key in moments and key != MOMENT else "averaging="
             raise ValueError(
                 f"{name}: the state dict has no {key!r} (it has {sorted(map(str, saved))}); it was "
-                "saved by another optimizer or with another averaging="
+                f"saved by another optimizer or with another {option}"
             )
         shape = tuple(saved[key].shape) if isinstance(saved[key], Tensor) else ()
-        fitting = [tuple(value.shape)]
+        fitting = [tuple(holding.param.shape if key in scales else value.shape)]
         cure = "load the state of the same model"
-        if key == MOMENT:
+        if key in moments:
             fitting = [tuple(holding.param.shape)] + (
                 [] if holding.layout.moments_by_element else fitting
             )
@@ -205,9 +222,9 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
                 f"{name}: {key!r} was saved with shape {shape}, this optimizer needs {fitting[-1]};"
                 f" {cure}"
             )
-        if shape == tuple(value.shape) or holding.layout.moments_by_element:
+        if key not in moments or shape == tuple(value.shape) or holding.layout.moments_by_element:
             continue
-        by_block = _by_block(holding, saved[key])
+        by_block = _by_block(moments[key], saved[key])
         if not by_block.eq(by_block[:, :1]).all():
             raise ValueError(
                 f"{name}: {key!r} was saved per element and differs inside a block; take it over "
@@ -221,15 +238,19 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
     torch's own loading would cast state to the parameter's dtype: fp32 moments of bf16 weights
     would come back rounded.
     """
-    stash = saved.get(STASH)
+    stash, lines = saved.get(STASH), holding.rule.lines
+    for index in range(len(lines)):
+        portable.copy_line(holding, index, ours, saved)
+    in_lines = (*lines, *map(portable.scale_key, lines))
+    moments = {partition.key: partition for partition in holding.partitions}
     for key, value in ours.items():
-        if key == MOMENT and holding.layout.moments_by_element:
-            kernels.gather_(holding, saved[key].to(value).reshape(-1))
-        elif key == MOMENT and tuple(saved[key].shape) != tuple(value.shape):
-            copy_into(value, _by_block(holding, saved[key])[:, 0].view(value.shape))
+        if key in moments and holding.layout.moments_by_element:
+            kernels.gather_(moments[key], saved[key].to(value).reshape(-1))
+        elif key in moments and tuple(saved[key].shape) != tuple(value.shape):
+            copy_into(value, _by_block(moments[key], saved[key])[:, 0].view(value.shape))
         elif key in holding.error_keys and key not in saved:
             value.zero_()
-        elif key != STASH:
+        elif key != STASH and key not in in_lines:
             copy_into(value, saved[key])
     ours.pop(STASH, None)
     if stash is not None:
@@ -237,9 +258,9 @@ def _copy(holding: Holding, ours: dict[str, Any], saved: Mapping[str, Any]) -> N
         copy_into(ours[STASH], stash)
 
 
-def _by_block(holding: Holding, saved: Tensor) -> Tensor:
+def _by_block(partition: Partition, saved: Tensor) -> Tensor:
     """[num_blocks, block_numel] of a per-element tensor that FSDP1 saved."""
-    (piece,) = holding.layout.pieces
+    (piece,) = partition.layout.pieces
     line = whole(saved)
     if piece.part.blocks.order is not None:
         line = line.permute(piece.part.blocks.order)

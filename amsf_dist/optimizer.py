@@ -42,7 +42,7 @@ class AMSF(TwoModes):
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by lr.
         averaging: "schedule_free" (arXiv 2405.15682) or "ema" (AdamW, Adam-mini).
-        blocks: "auto", "adam_mini", "row", "tensor", "element", or a list of rules
+        blocks: "auto", "adam_mini", "row", "tensor", "element", "factored", or a list of rules
             {"pattern": regex, "kind": ...}, first match wins (docs/blocks.md).
         head_dim: rows per attention head of q/k projections; None: read from the module.
         warmup_steps: steps over which lr rises linearly from lr / warmup_steps.
@@ -54,7 +54,8 @@ class AMSF(TwoModes):
         weight_storage: of bf16 and fp16 parameters: "auto" and "bf16+8" (8 error bits beside
             them), "bf16+16" (fp32 in two parts), "kahan", "stochastic" (rounded at random), or
             "native" (rounded to nearest: small updates are lost). docs/storage.md.
-        state_storage: "auto" and "fp32", or "bf16", rounded at random.
+        state_storage: "auto" and "fp32"; "bf16", or "int8" with a scale per 64 numbers, both
+            rounded at random.
         lr_adaptation: None.
         seed: of stochastic rounding.
         deterministic: block moments with the same bits for any number of ranks that see the same
@@ -248,8 +249,14 @@ class AMSF(TwoModes):
                     sums.measure(holding)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._count_skipped(finite)
-        for lane in unit.lanes:  # move
-            lane.move(finite[lane.device], sums.everyone_knows)
+        moves = [
+            move
+            for lane in unit.lanes
+            for move in lane.moves(finite[lane.device], sums.everyone_knows)
+        ]
+        unit.peaks.agree(moves)  # on scales that shards share
+        for move in moves:
+            move.write()
 
     def _count_skipped(self, finite: Mapping[torch.device, Tensor]) -> None:
         for verdict in list(finite.values())[:1]:  # the same on every device

@@ -11,8 +11,8 @@ from amsf_dist.names import canonical_name
 
 __all__ = ["KINDS", "check", "check_head_dim", "unmatched_patterns"]
 
-KINDS = ("auto", "adam_mini", "row", "tensor", "element")
-_RULE_KINDS = ("element", "row", "head", "tensor", "auto", "adam_mini")
+KINDS = ("auto", "adam_mini", "row", "tensor", "element", "factored")
+_RULE_KINDS = ("element", "row", "head", "tensor", "factored", "auto", "adam_mini")
 _RULE_KEYS = ("pattern", "kind", "head_dim")
 _KINDS_WITH_HEADS = ("head", "auto", "adam_mini")
 
@@ -93,10 +93,6 @@ def _check_rule(where: str, rule: Any) -> dict[str, Any]:
 def _check_kind(where: str, kind: Any, allowed: Sequence[str]) -> None:
     if not isinstance(kind, str):
         raise TypeError(f"{where} must be one of {_listed(allowed)}, got {kind!r}")
-    if kind == "factored":
-        raise ValueError(
-            f"{where}='factored' is not in this version of amsf_dist; use 'auto' or 'row'"
-        )
     if kind == "head" and kind not in allowed:
         raise ValueError(
             f"{where}='head' fits some parameters only; use 'auto', or a rule such as "

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amsf_dist import kernels
 from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
-from amsf_dist.kernels import Holding
-from amsf_dist.kernels.holding import WEIGHT, Line
+from amsf_dist.kernels import Grouping, Holding, Move
+from amsf_dist.kernels.holding import WEIGHT, Line, Partition
+from amsf_dist.peaks import GroupPeaks
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
 from amsf_dist.rules.protocol import Coefficients, Scalar
@@ -41,13 +41,16 @@ class Lane:
     holdings: list[Holding]
     counters: states.Counters
 
-    def move(self, finite: Tensor, everyone_knows: bool) -> None:
-        """Advance the counters and move every parameter that has a gradient.
+    def moves(self, finite: Tensor, everyone_knows: bool) -> list[Move]:
+        """Advance the counters, and the moments of every parameter that has a gradient.
 
         Args:
             finite: 0-dim bool on the lane's device; where False nothing changes.
             everyone_knows: whether all ranks that share the step have this verdict; if not, every
                 block decides for itself.
+
+        Returns:
+            What is to be written of those parameters.
         """
         stepping = [h for h in self.holdings if h.param.grad is not None]
         # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
@@ -61,15 +64,13 @@ class Lane:
         elsewhere = self.group["train_mode"] and len(absent) == len(self.holdings)
         host = on_host(self.device)
         if not (stepping or counts or elsewhere) or (host and everyone_knows and not finite):
-            return
+            return []
         # Where the host can read the verdict for nothing, a finite step needs no masks.
         verdict = None if host and finite else finite
         coefficients = self.advance(stepping + absent, finite if everyone_knows else None)
         by_block = verdict is not None and not everyone_knows
         steps = _per_parameter(self.counters.values["step"], len(self.holdings))
-        for holding in stepping:
-            at = holding.index
-            kernels.move_(holding, coefficients[at], steps[at], verdict, by_block)
+        return [Move(h, coefficients[h.index], steps[h.index], verdict, by_block) for h in stepping]
 
     def advance(self, stepping: Sequence[Holding], finite: Tensor | None) -> list[Coefficients]:
         """Advance the counters of the parameters that step now.
@@ -112,10 +113,12 @@ class Unit:
     Attributes:
         lanes: in the order of the groups.
         sums: block sums of all holdings.
+        peaks: of groups that share a scale, where a storage has some.
     """
 
     lanes: list[Lane]
     sums: BlockSums
+    peaks: GroupPeaks
 
     @property
     def holdings(self) -> list[Holding]:
@@ -186,8 +189,8 @@ def _unit(seats: Sequence[Seat], state: _State, flats: Flats) -> Unit:
         own = [state[holding.param] for holding in holdings]
         lanes.append(Lane(group, rule, device, holdings, states.Counters(rule, own, device)))
     exact = any(seat.group["deterministic"] for seat in seats)
-    sums = (ExactBlockSums if exact else BlockSums)([h for lane in lanes for h in lane.holdings])
-    return Unit(lanes, sums)
+    held = [holding for lane in lanes for holding in lane.holdings]
+    return Unit(lanes, (ExactBlockSums if exact else BlockSums)(held), GroupPeaks(held))
 
 
 def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
@@ -209,10 +212,10 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     rule, layout = RULES[group["averaging"]], locate(seat.parts, param, flats)
     storage = state_storage(group["state_storage"], param.dtype)
     weights = weight_storage(group["weight_storage"], param.dtype)
-    entries = state[param]
+    entries, memory = state[param], layout.local(param.detach())
     if not entries:
         entries.update(states.create(param, layout, rule, storage, weights))
-    elif layout.local(entries[states.MOMENT]).device != layout.local(param.detach()).device:
+    elif layout.local(entries[states.MOMENTS[0]]).device != memory.device:
         # the model went to another device, or came from "meta", after its state was made
         for key, fresh in states.create(param, layout, rule, storage, weights).items():
             if not entries[key].is_meta:
@@ -223,7 +226,10 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     return Holding(
         param=param,
         name=seat.name,
-        layout=layout,
+        partitions=tuple(
+            Partition(key, cut, cut.local(entries[key]).view(-1))
+            for key, cut in zip(states.MOMENTS, (layout, *layout.others), strict=False)
+        ),
         rule=rule,
         weight_storage=weights,
         errors=tuple(layout.local(entries[key]) for key in weights.keys(WEIGHT)[1:]),
@@ -231,9 +237,11 @@ def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
             Line(storage, tuple(layout.local(entries[key]) for key in storage.keys(line)))
             for line in rule.lines
         ),
-        exp_avg_sq=layout.local(entries[states.MOMENT]).view(-1),
         group=group,
         index=0,
+        grouping=Grouping.of(layout, layout.local(param.detach()).device.type)
+        if storage.group
+        else None,
     )
 
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amsf_dist import kernels
-from amsf_dist.kernels import Holding
+from amsf_dist.kernels import Holding, Partition
 from amsf_dist.shards import Axis
 
-__all__ = ["BlockSums"]
+__all__ = ["BlockSums", "partitions_of"]
 
 
 @dataclass
@@ -68,14 +68,14 @@ class BlockSums:
             holdings: same parameters in the same order on every rank.
         """
         self._buffers, self._starts = _buffers(holdings)
-        self._collectives = _collectives(holdings, self._buffers, self._starts)
+        self._collectives = _collectives(partitions_of(holdings), self._buffers, self._starts)
         self.num_collectives = len(self._collectives)
         self.num_floats = sum(collective.numel + 1 for collective in self._collectives)
         reached = {collective.axis.group.group_name for collective in self._collectives}
         self.everyone_knows = all(
             axis.group.group_name in reached
-            for holding in holdings
-            for axis in holding.layout.spread
+            for partition in partitions_of(holdings)
+            for axis in partition.layout.spread
         )
 
     def measure(self, holding: Holding) -> None:
@@ -109,16 +109,21 @@ class BlockSums:
         return {number.device: _sum_on(number.device, doubt).isfinite() for number in doubt}
 
 
+def partitions_of(holdings: Sequence[Holding]) -> list[Partition]:
+    """All ways in which these tensors are cut, in order."""
+    return [partition for holding in holdings for partition in holding.partitions]
+
+
 def _collectives(
-    holdings: Sequence[Holding], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
+    partitions: Sequence[Partition], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
 ) -> list[_Collective]:
     """One per process group in which something is cut, in the order of the parameters."""
     axes: dict[str, Axis] = {}
     numel: dict[str, int] = {}
     takes: dict[str, list[tuple[list[int], list[int]]]] = {}
     replicas: dict[str, list[int]] = {}
-    for holding, (number, start) in zip(holdings, starts, strict=True):
-        for cut in holding.layout.cuts:
+    for partition, (number, start) in zip(partitions, starts, strict=True):
+        for cut in partition.layout.cuts:
             name = cut.axis.group.group_name
             if name not in axes:
                 axes[name], numel[name], replicas[name] = cut.axis, 0, []
@@ -150,23 +155,28 @@ def _sum_on(device: torch.device, numbers: Sequence[Tensor]) -> Tensor:
 
 
 def _buffers(holdings: Sequence[Holding]) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """One buffer per device and dtype; every holding's `sums` becomes a view of its part.
+    """One buffer per device and dtype; every partition's `sums` becomes a view of its part.
 
     Returns:
-        The buffers, and for every holding (which buffer, where its part begins).
+        The buffers, and for every partition (which buffer, where its part begins).
     """
-    keys = [(holding.exp_avg_sq.device, holding.compute_dtype) for holding in holdings]
+    partitions = partitions_of(holdings)
+    keys = [
+        (partition.moments.device, holding.compute_dtype)
+        for holding in holdings
+        for partition in holding.partitions
+    ]
     alike = list(dict.fromkeys(keys))
     sizes = [0] * len(alike)
     starts = []
-    for holding, key in zip(holdings, keys, strict=True):
+    for partition, key in zip(partitions, keys, strict=True):
         number = alike.index(key)
         starts.append((number, sizes[number]))
-        sizes[number] += holding.layout.num_sums
+        sizes[number] += partition.layout.num_sums
     buffers = [
         torch.zeros(size, device=device, dtype=dtype)
         for size, (device, dtype) in zip(sizes, alike, strict=True)
     ]
-    for holding, (number, start) in zip(holdings, starts, strict=True):
-        holding.sums = buffers[number][start : start + holding.layout.num_sums]
+    for partition, (number, start) in zip(partitions, starts, strict=True):
+        partition.sums = buffers[number][start : start + partition.layout.num_sums]
     return buffers, starts

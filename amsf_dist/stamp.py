@@ -19,6 +19,7 @@ from torch import Tensor
 
 from amsf_dist.kernels import Holding
 from amsf_dist.state import STASH
+from amsf_dist.storage import Groups
 
 __all__ = ["KEY", "first_weights", "read", "refuse_mixed_up", "written"]
 
@@ -101,7 +102,9 @@ def refuse_mixed_up(holdings: Sequence[Holding], stamps: Mapping[int, float | No
             continue
         here, dtype = slice(place, place + 1), holding.compute_dtype
         lines = tuple(
-            line.storage.load(tuple(t.reshape(-1) for t in line.tensors), here, dtype)
+            line.storage.load(
+                tuple(tensor.reshape(-1) for tensor in line.tensors), here, dtype, Groups(0, 0)
+            )
             for line in holding.lines
         )
         y = torch.full_like(lines[0], stamp, dtype=dtype)

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels.grouping import num_groups
 from amsf_dist.kernels.holding import WEIGHT
 from amsf_dist.rules import Rule
 from amsf_dist.shards import Layout
 from amsf_dist.storage import Storage
+from amsf_dist.storage.grouped import SCALE_DTYPE
 
-__all__ = ["MOMENT", "STASH", "WEIGHT", "Counters", "create", "number"]
+__all__ = ["MOMENT", "MOMENTS", "STASH", "WEIGHT", "Counters", "create", "number"]
 
 MOMENT = "exp_avg_sq"
+MOMENTS = (MOMENT, "exp_avg_sq_col", "exp_avg_sq_mean")
+"""Block moments, a vector for each way in which a parameter is cut: most have the first alone."""
 STASH = "y"
 """Exact training weights, kept only while the parameters hold x."""
 
@@ -67,10 +71,16 @@ def create(
         weights: storage of the weights; what it keeps beside the parameter is state.
     """
     state: dict[str, Any] = dict(weights.beside(WEIGHT, param))
+    memory = layout.local(param.detach())
     for line in rule.lines:
         state.update(storage.allocate(line, param))
-    memory = layout.local(param.detach())
+        if storage.group:
+            scales = sum(num_groups(piece) for piece in layout.pieces)
+            state[storage.keys(line)[1]] = torch.zeros(
+                scales, dtype=SCALE_DTYPE, device=memory.device
+            )
     dtype = torch.promote_types(param.dtype, torch.float32)
-    moments = torch.zeros(layout.num_blocks, dtype=dtype, device=memory.device)
-    state[MOMENT] = layout.as_state(moments)
+    for key, cut in zip(MOMENTS, (layout, *layout.others), strict=False):
+        moments = torch.zeros(cut.num_blocks, dtype=dtype, device=memory.device)
+        state[key] = cut.as_state(moments)
     return state

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from amsf_dist import AMSF, kernels
 from amsf_dist.blocks import canonical_name
 from amsf_dist.shards import Part
+from amsf_dist.state import MOMENT, MOMENTS
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.1, "warmup_steps": 5, "r": 1.0}
@@ -212,22 +213,37 @@ def weights(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
 
 
 def moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Canonical name -> second moments of all blocks."""
+    """Canonical name (and key) -> second moments of all blocks."""
     if isinstance(model, FullyShardedDataParallel):
-        flats, holdings = optimizer._flats, optimizer._ready().holdings
-        spread = [
-            (flat, kernels.spread(holding).view(-1))
-            for holding in holdings
-            for flat in flats[holding.param]
-        ]
-        parts = {p.part.name: p.part for h in holdings for p in h.layout.pieces}
         return {
-            name: in_line_order(value, parts[name]).reshape(parts[name].num_blocks, -1)[:, 0]
-            for name, value in assembled(spread).items()
+            tagged(name, MOMENTS[number]): values
+            for number in range(max(len(h.partitions) for h in optimizer.holdings))
+            for name, values in moments_of_flats(optimizer, number).items()
         }
     return {
-        canonical_name(name): whole(optimizer.state[param]["exp_avg_sq"]).flatten()
+        tagged(canonical_name(name), key): whole(value).flatten()
         for name, param in model.named_parameters()
+        for key, value in optimizer.state[param].items()
+        if key in MOMENTS
+    }
+
+
+def tagged(name: str, key: str) -> str:
+    return name if key == MOMENT else f"{name} {key}"
+
+
+def moments_of_flats(optimizer: Any, number: int) -> dict[str, Tensor]:
+    """Canonical name -> second moments of all blocks of one partition, if it has that."""
+    flats, parts, spread = optimizer._flats, {}, []
+    for holding in optimizer.holdings:
+        for partition in holding.partitions[number : number + 1]:
+            mine = {piece.part.name: piece.part for piece in partition.layout.pieces}
+            values = kernels.spread(holding, partition).view(-1)
+            spread += [(flat, values) for flat in flats[holding.param] if flat.name in mine]
+            parts |= mine
+    return {
+        name: in_line_order(value, parts[name]).reshape(parts[name].num_blocks, -1)[:, 0]
+        for name, value in assembled(spread).items()
     }
 
 

@@ -52,7 +52,7 @@ ENGINES = {
 
 
 def build(
-    layout: str, shape: str, *, resumed: bool, tied: bool = True
+    layout: str, shape: str, *, resumed: bool, tied: bool = True, blocks: str = "adam_mini"
 ) -> tuple[Layout, nn.Module, AMSF]:
     """A run to be saved, or one with other values that must get all it needs from a checkpoint."""
     model = Transformer(SHAPES[shape], dtype=torch.float32, seed=3 if resumed else 0)
@@ -60,7 +60,7 @@ def build(
         model.lm_head.weight = nn.Parameter(0.5 * model.lm_head.weight.detach())
     wrapped = ENGINES[layout].wrap(model)
     lr = 0.5 if resumed else OPTIONS["lr"]
-    return ENGINES[layout], wrapped, AMSF(wrapped, blocks="adam_mini", **{**OPTIONS, "lr": lr})
+    return ENGINES[layout], wrapped, AMSF(wrapped, blocks=blocks, **{**OPTIONS, "lr": lr})
 
 
 def save_full(path: str, model: nn.Module, optimizer: AMSF) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from layouts import OPTIONS, loss_of
+from layouts import OPTIONS, loss_of, tagged
 from torch import Tensor, nn
 
 from amsf_dist.blocks import canonical_name
@@ -69,19 +69,19 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
-    """Canonical name -> second moments of all its blocks, in the order of the line."""
+    """Canonical name (and key) -> second moments of all blocks, in the order of the line."""
     optimizer = engine.basic_optimizer
     records = optimizer.state_dict()["amsf_pieces"]
     with optimizer._owner.shown():
         params = [param for group in optimizer.param_groups for param in group["params"]]
     mine = []
     for param, pieces in zip(params, records, strict=True):
-        vector = optimizer.state[param]["exp_avg_sq"].view(-1).clone()
         for piece in pieces:
-            here = vector[piece["first_moment"] :][: piece["num_moments"]]
-            mine.append(
-                (piece["name"], piece["shape"], piece["block_numel"], piece["first_block"], here)
-            )
+            for key, at in piece["moments"].items():
+                vector = optimizer.state[param][key].view(-1).clone()
+                here = vector[at["first_moment"] :][: at["num_moments"]]
+                name = tagged(piece["name"], key)
+                mine.append((name, piece["shape"], at["block_numel"], at["first_block"], here))
     gathered: list[Any] = [None] * _world()
     dist.all_gather_object(gathered, mine)
     found: dict[str, Tensor] = {}

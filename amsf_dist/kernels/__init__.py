@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
-from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.reference import assign_, average_, move_, sum_of_squares, unaverage_
+from amsf_dist.kernels.factored import second_moments
+from amsf_dist.kernels.grouping import Grouping
+from amsf_dist.kernels.holding import Holding, Partition
+from amsf_dist.kernels.move import Move
+from amsf_dist.kernels.reference import assign_, average_, sum_of_squares, unaverage_
 from amsf_dist.kernels.transfer import (
     add_means,
     gather_,
+    gather_scales_,
     read_line,
     spread,
+    spread_scales,
     take_means_,
     write_line_,
 )
 
 __all__ = [
+    "Grouping",
     "Holding",
+    "Move",
+    "Partition",
     "add_means",
     "add_scaled_squares",
     "assign_",
     "average_",
     "gather_",
+    "gather_scales_",
     "largest_square",
-    "move_",
     "read_line",
+    "second_moments",
     "spread",
+    "spread_scales",
     "sum_of_squares",
     "take_means_",
     "unaverage_",

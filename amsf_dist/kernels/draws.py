@@ -8,9 +8,9 @@ from functools import cache
 from torch import Tensor
 
 from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.tiles import Tile
 from amsf_dist.rules.protocol import Scalar
 from amsf_dist.shards import Piece
-from amsf_dist.shards.runs import Section
 from amsf_dist.storage.noise import bits, stream_of
 
 __all__ = ["Draws"]
@@ -31,7 +31,7 @@ class Draws:
         self._device = holding.exp_avg_sq.device
         self._piece, self._step = piece, step if isinstance(step, Tensor) else int(step)
 
-    def of(self, role: str, tile: Section) -> Callable[[], Tensor]:
+    def of(self, role: str, tile: Tile) -> Callable[[], Tensor]:
         """What draws [tile numel] int32 random bits.
 
         Args:

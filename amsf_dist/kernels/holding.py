@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels.grouping import Grouping
+from amsf_dist.kernels.tiles import Tile, tiles
 from amsf_dist.rules import Rule
-from amsf_dist.shards import Layout
+from amsf_dist.shards import Layout, Piece
 from amsf_dist.storage import Storage
 
-__all__ = ["WEIGHT", "Holding", "Line"]
+__all__ = ["WEIGHT", "Holding", "Line", "Partition"]
 
 WEIGHT = "weight"
 """What a weight storage's keys are made of; the first of them is the parameter itself."""
@@ -26,6 +28,33 @@ class Line:
     storage: Storage
     tensors: tuple[Tensor, ...]
 
+    @property
+    def by_number(self) -> tuple[Tensor, ...]:
+        """Those that are laid out as the parameter."""
+        return self.tensors[:1] if self.storage.group else self.tensors
+
+    @property
+    def by_group(self) -> tuple[Tensor, ...]:
+        """Those with an entry per group."""
+        return self.tensors[1:] if self.storage.group else ()
+
+
+@dataclass(eq=False)
+class Partition:
+    """One way to cut a tensor in blocks, measured and agreed like any other.
+
+    Attributes:
+        key: of its block moments in the state.
+        layout: where its blocks lie.
+        moments: [layout.num_blocks] second moments of the blocks here, a view of the state.
+        sums: [layout.num_sums] view of the step's block sums.
+    """
+
+    key: str
+    layout: Layout
+    moments: Tensor
+    sums: Tensor = field(init=False)
+
 
 @dataclass
 class Holding:
@@ -34,33 +63,57 @@ class Holding:
     Attributes:
         param: as the optimizer was given it.
         name: canonical, "" when unknown.
-        layout: where its numbers lie.
+        partitions: how it is cut in blocks; the first says where its numbers lie.
         rule: the group's update rule.
         weight_storage: how its weights are kept.
         errors: this rank's memory of what that storage keeps beside the parameter.
         lines: the rule's lines, in the rule's order.
-        exp_avg_sq: [num_blocks] second moments of the blocks here, a view of the state.
         group: its parameter group, live.
         index: its place in the group's counters.
-        sums: [layout.num_sums] view of the step's block sums.
+        grouping: where its lines lie in groups; None where no storage of theirs has any.
+        peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
     """
 
     param: Tensor
     name: str
-    layout: Layout
+    partitions: tuple[Partition, ...]
     rule: Rule
     weight_storage: Storage
     errors: tuple[Tensor, ...]
     lines: tuple[Line, ...]
-    exp_avg_sq: Tensor
     group: Mapping[str, Any]
     index: int
-    sums: Tensor = field(init=False)
+    grouping: Grouping | None = None
+    peaks: Tensor = field(init=False)
+
+    @property
+    def layout(self) -> Layout:
+        """Where its numbers lie, and the first partition's blocks."""
+        return self.partitions[0].layout
+
+    @property
+    def exp_avg_sq(self) -> Tensor:
+        """[num_blocks] second moments of the first partition's blocks here."""
+        return self.partitions[0].moments
+
+    @property
+    def sums(self) -> Tensor:
+        """[num_sums] the step's sums of the first partition's blocks here."""
+        return self.partitions[0].sums
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """fp32; fp64 for fp64 parameters."""
         return torch.promote_types(self.param.dtype, torch.float32)
+
+    @property
+    def tiled(self) -> Iterator[tuple[Piece, Iterable[Tile]]]:
+        """Every piece, and the tiles in which kernels walk over its lines."""
+        for number, piece in enumerate(self.layout.pieces):
+            if self.grouping is None:
+                yield piece, tiles(piece, self.exp_avg_sq.device)
+            else:
+                yield piece, self.grouping.tiles[number]
 
     @property
     def gradient(self) -> Tensor:

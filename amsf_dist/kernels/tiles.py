@@ -1,26 +1,18 @@
-"""How a kernel walks over the memory of a piece: flat in line order, in tiles of whole blocks."""
+"""How a kernel walks over a piece: in tiles of whole blocks, or of a part of one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from amsf_dist.kernels.holding import Holding
 from amsf_dist.shards import Piece
 from amsf_dist.shards.runs import Section
+from amsf_dist.storage import Groups
 
-__all__ = [
-    "flat_line",
-    "flat_lines",
-    "flat_tensors",
-    "put_all_back",
-    "put_back",
-    "sections",
-    "tiles",
-]
+__all__ = ["Tile", "cut", "sections", "tiles"]
 
 # Numbers per tile. On a CPU the handful of fp32 temporaries then stays in the second-level cache;
 # on a GPU every tile is some launches, so it is as large as memory peaks allow (64 MiB in fp32).
@@ -33,63 +25,81 @@ def sections(piece: Piece) -> Iterator[Section]:
     return (section for run in piece.runs for section in run.sections())
 
 
-def tiles(piece: Piece, device: torch.device) -> Iterator[Section]:
-    """The piece's sections, cut to at most a tile: whole blocks together, or a part of one."""
-    tile_numel = _TILE_NUMEL.get(device.type, _TILE_NUMEL_DEVICE)
-    for section in sections(piece):
-        numel = (section.stop - section.start) // section.num_blocks
-        if numel > tile_numel:
-            for block in range(section.num_blocks):
-                first = section.start + block * numel
-                for start in range(first, first + numel, tile_numel):
-                    stop = min(start + tile_numel, first + numel)
-                    yield Section(start, stop, section.first_block + block, 1)
-        else:
-            step = tile_numel // numel
-            for block in range(0, section.num_blocks, step):
-                count = min(step, section.num_blocks - block)
-                start = section.start + block * numel
-                yield Section(start, start + count * numel, section.first_block + block, count)
+class Tile(NamedTuple):
+    """A section that a kernel takes at once; see `Section`.
+
+    Attributes:
+        start: first number of the piece's flat line.
+        stop: end.
+        first_block: of the tensor's block vector.
+        num_blocks: that share the numbers equally.
+        first_group: of the tensor's scales, where lines are stored in groups (grouping.py).
+        phase: numbers of that group that lie before the tile.
+        shared: which shared groups its first and its last are; -1: they lie in this tile alone.
+    """
+
+    start: int
+    stop: int
+    first_block: int
+    num_blocks: int
+    first_group: int = 0
+    phase: int = 0
+    shared: tuple[int, int] = (-1, -1)
+
+    @classmethod
+    def of(cls, section: Section, first_group: int = 0, phase: int = 0) -> Tile:
+        """The whole section."""
+        return cls(
+            section.start,
+            section.stop,
+            section.first_block,
+            section.num_blocks,
+            first_group,
+            phase,
+        )
+
+    @property
+    def section(self) -> Section:
+        """Without what concerns groups."""
+        return Section(self.start, self.stop, self.first_block, self.num_blocks)
+
+    @property
+    def span(self) -> slice:
+        """Of the flat line."""
+        return slice(self.start, self.stop)
+
+    @property
+    def groups(self) -> Groups:
+        """For storages whose numbers share scales."""
+        return Groups(self.first_group, self.phase)
 
 
-def flat_line(memory: Tensor, piece: Piece) -> Tensor:
-    """Memory as the flat line the runs count in; a copy where the weight lies in another order."""
-    views = _views(memory, piece)
-    return views[0].reshape(-1) if len(views) == 1 else torch.cat([v.reshape(-1) for v in views])
+def tiles(piece: Piece, device: torch.device) -> Iterator[Tile]:
+    """The piece's sections, cut to tiles."""
+    return (tile for section in sections(piece) for tile in cut(section, device.type))
 
 
-def flat_tensors(memory: Sequence[Tensor], piece: Piece) -> tuple[Tensor, ...]:
-    """The tensors of one storage, flat in line order."""
-    return tuple(flat_line(tensor, piece) for tensor in memory)
+def cut(section: Section, device_type: str, group: int = 1) -> Iterator[Tile]:
+    """A section in parts of at most a tile: whole blocks together, or a part of one.
 
-
-def flat_lines(holding: Holding, piece: Piece) -> tuple[tuple[Tensor, ...], ...]:
-    """Memory of the rule's lines, flat in line order."""
-    return tuple(flat_tensors(line.tensors, piece) for line in holding.lines)
-
-
-def put_all_back(memory: Sequence[Tensor], piece: Piece, lines: Sequence[Tensor]) -> None:
-    """The same for the tensors of one storage."""
-    for tensor, line in zip(memory, lines, strict=True):
-        put_back(tensor, piece, line)
-
-
-def put_back(memory: Tensor, piece: Piece, line: Tensor) -> None:
-    """Write a line back when `flat_line` had to copy."""
-    start = 0
-    for view in _views(memory, piece):
-        part = line[start : start + view.numel()]
-        if part.data_ptr() != view.data_ptr():
-            view.copy_(part.view(view.shape))
-        start += view.numel()
-
-
-def _views(memory: Tensor, piece: Piece) -> list[Tensor]:
-    """The memory with its dims in line order: as a whole, or box by box."""
-    order = piece.part.blocks.order
-    if not piece.boxes:
-        # a flat tensor holds intervals of lines, or boxes
-        return [memory if order is None or memory.dim() == 1 else memory.permute(order)]
-    assert order is not None
-    boxes = [(memory[b.offset :][: math.prod(b.shape)].view(b.shape)) for b in piece.boxes]
-    return [box.permute(order) for box in boxes]
+    Args:
+        section: of a piece.
+        device_type: decides how large a tile is.
+        group: tiles are multiples of so many numbers where blocks permit.
+    """
+    tile_numel = _TILE_NUMEL.get(device_type, _TILE_NUMEL_DEVICE)
+    numel = (section.stop - section.start) // section.num_blocks
+    if numel > tile_numel:
+        for block in range(section.num_blocks):
+            first = section.start + block * numel
+            for start in range(first, first + numel, tile_numel):
+                stop = min(start + tile_numel, first + numel)
+                yield Tile(start, stop, section.first_block + block, 1)
+    else:
+        step = tile_numel // numel
+        together = group // math.gcd(group, numel)
+        step -= step % together if step >= together else 0
+        for block in range(0, section.num_blocks, step):
+            count = min(step, section.num_blocks - block)
+            start = section.start + block * numel
+            yield Tile(start, start + count * numel, section.first_block + block, count)

@@ -10,8 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from amsf_dist.shards.flat import FlatSlice, flat_layout
 from amsf_dist.shards.fsdp1 import flat_slices, is_flat, reshard
-from amsf_dist.shards.fsdp2 import copy_into, fsdp2, on_paper, whole
+from amsf_dist.shards.fsdp2 import copy_into, fsdp2, whole
+from amsf_dist.shards.fsdp2 import on_paper as fsdp2_on_paper
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
+from amsf_dist.shards.others import with_others
 from amsf_dist.shards.replicated import replicated
 from amsf_dist.shards.vector import line_shape, vector_shape
 from amsf_dist.shards.zero import is_partitioned
@@ -86,10 +88,23 @@ def locate(parts: Sequence[Part], param: Tensor, flats: Flats) -> Layout:
         param: what the optimizer was given; a DTensor under FSDP2 and tensor parallel.
         flats: from `flats_of`.
     """
-    if param in flats:
-        return flat_layout(parts, flats[param])
-    parameters_in(parts[0].name, param, flats)  # raises where the module should have told of it
-    (part,) = parts
-    if isinstance(param, DTensor):
-        return fsdp2(part, param)
-    return replicated(part)
+    if param not in flats:
+        parameters_in(parts[0].name, param, flats)  # raises where the module should have told of it
+
+    def produce(parts: Sequence[Part], places: Sequence[int]) -> Layout:
+        if param in flats:
+            return flat_layout(parts, [flats[param][place] for place in places])
+        (part,) = parts
+        return fsdp2(part, param) if isinstance(param, DTensor) else replicated(part)
+
+    return with_others(parts, produce)
+
+
+def on_paper(part: Part, mesh_shape: Sequence[int]) -> Layout:
+    """What the first rank of a mesh would hold under FSDP2; no processes are needed.
+
+    Args:
+        part: the parameter.
+        mesh_shape: ranks per mesh dim; rows over the last, replicas over those before it.
+    """
+    return with_others([part], lambda ways, _: fsdp2_on_paper(ways[0], mesh_shape))

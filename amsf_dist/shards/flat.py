@@ -10,9 +10,12 @@ from torch import Tensor
 
 from amsf_dist.shards.layout import Axis, Box, Cut, Layout, Part, Piece, Span
 from amsf_dist.shards.runs import Run, box_runs, interval_boxes
+from amsf_dist.shards.seams import seam_everywhere, seam_of_boundaries
 from amsf_dist.shards.vector import line_shape
 
 __all__ = ["FlatSlice", "flat_layout"]
+
+_IN_ANY_ORDER = ("element", "tensor", "mean")  # blocks of these are runs of every order of the dims
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def flat_layout(parts: Sequence[Part], slices: Sequence[FlatSlice]) -> Layout:
     slots: list[int] = []
     first_block = first_sum = num_slots = 0
     for part, here in zip(parts, slices, strict=True):
-        transposed = part.blocks.order is not None and part.blocks.kind in ("row", "head")
+        transposed = part.blocks.order is not None and part.blocks.kind not in _IN_ANY_ORDER
         place = _transposed if transposed else _in_order
         piece, first, cut = place(part, here, first_block, first_sum)
         for slot, block in enumerate(cut):
@@ -87,7 +90,18 @@ def _in_order(
     num_blocks = runs[0].num_blocks if runs else 0
     numel = math.prod(part.shape)
     span = Span(here.offset, (numel,), (here.start,), (here.stop - here.start,))
-    piece = Piece(part, moved, first_block, num_blocks, first_sum, len(cut), spans=(span,))
+    kept = Span(first_block, (part.num_blocks,), (first,), (num_blocks,))
+    piece = Piece(
+        part,
+        moved,
+        first_block,
+        num_blocks,
+        first_sum,
+        len(cut),
+        spans=(span,),
+        seam=seam_of_boundaries(here.boundaries, numel, here.axis),
+        kept=kept,
+    )
     return piece, first, cut
 
 
@@ -123,6 +137,8 @@ def _transposed(
         len(cut),
         tuple(boxes),
         tuple(spans),
+        seam_everywhere((here.axis,) if here.boundaries else (), math.prod(part.shape)),
+        kept=Span(first_block, (part.num_blocks,), (0,), (num_blocks,)),
     )
     return piece, 0, cut
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece, Span
 from amsf_dist.shards.runs import box_runs, local_blocks
+from amsf_dist.shards.seams import seam_everywhere, seaming_dims
 from amsf_dist.shards.vector import line_shape, vector_shape
 
 __all__ = ["copy_into", "cut_mesh_dims", "fsdp2", "on_paper", "whole"]
@@ -73,6 +74,7 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
         for dim, placement in enumerate(placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     }
+    seaming = seaming_dims(line, _splits(mesh.shape, placements))
     num_blocks = math.prod(vector_lengths)
     every = range(num_blocks)
     return Layout(
@@ -84,6 +86,8 @@ def fsdp2(part: Part, param: DTensor) -> Layout:
                 num_blocks,
                 cut_blocks=num_blocks if cut else 0,
                 spans=(Span(0, line, tuple(offsets), tuple(lengths)),),
+                seam=seam_everywhere([axes[dim] for dim in seaming], math.prod(line)),
+                kept=Span(0, vector, vector_offsets, vector_lengths),
             ),
         ),
         cuts=tuple(Cut(axes[dim], num_blocks, every, every) for dim in cut),
@@ -131,7 +135,9 @@ def on_paper(
     num_blocks = math.prod(vector_lengths)
     span = Span(0, line, (0,) * len(line), tuple(lengths))
     cut_blocks = num_blocks if cut else 0
-    return Layout((Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,)),))
+    kept = Span(0, vector, (0,) * len(vector), tuple(vector_lengths))
+    piece = Piece(part, runs, 0, num_blocks, cut_blocks=cut_blocks, spans=(span,), kept=kept)
+    return Layout((piece,))
 
 
 def _axis(mesh: DeviceMesh, dim: int, placements: Sequence[Placement]) -> Axis:
@@ -212,6 +218,8 @@ def cut_mesh_dims(
         for mesh_dim, placement in enumerate(placements)
         if isinstance(placement, _SHARDS) and mesh_shape[mesh_dim] > 1
     ]
+    if blocks.kind == "mean":
+        return tuple(mesh_dim for mesh_dim, _ in sharding)
     if by_dims:
         return tuple(mesh_dim for mesh_dim, dim in sharding if dim >= len(vector))
 
@@ -270,6 +278,17 @@ def _in_split_order(placements: Sequence[Placement]) -> list[int]:
     """
     strided = [dim for dim, p in enumerate(placements) if isinstance(p, _StridedShard)]
     return [dim for dim in range(len(placements)) if dim not in strided] + strided[::-1]
+
+
+def _splits(
+    mesh_shape: Sequence[int], placements: Sequence[Placement]
+) -> list[tuple[int, int, int]]:
+    """(mesh dim, tensor dim, ranks) of what cuts, in the order in which it does."""
+    return [
+        (mesh_dim, placement.dim, mesh_shape[mesh_dim])
+        for mesh_dim in _in_split_order(placements)
+        if isinstance(placement := placements[mesh_dim], _SHARDS) and mesh_shape[mesh_dim] > 1
+    ]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from amsf_dist.blocks import Blocks
 from amsf_dist.shards.runs import Run
 
-__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "Span", "itself"]
+__all__ = ["Axis", "Box", "Cut", "Layout", "Part", "Piece", "Seam", "Span", "itself"]
 
 
 def itself(tensor: Tensor) -> Tensor:
@@ -110,6 +110,41 @@ class Span:
             left, stride = left.div(length, rounding_mode="floor"), stride * size
         return places + left * stride
 
+    def place(self, position: int) -> int:
+        """The place of one number, by its position in the flat line; see `places`."""
+        left, place, stride = position - self.position, 0, 1
+        for size, offset, length in zip(
+            self.shape[::-1], self.offsets[::-1], self.lengths[::-1], strict=True
+        ):
+            left, index = divmod(left, length)
+            place, stride = place + (index + offset) * stride, stride * size
+        return place
+
+    def position_of(self, place: int) -> int:
+        """The position of a number of the box, by its place in the parameter's line."""
+        position, stride = self.position, 1
+        for size, offset, length in zip(
+            self.shape[::-1], self.offsets[::-1], self.lengths[::-1], strict=True
+        ):
+            place, index = divmod(place, size)
+            position, stride = position + (index - offset) * stride, stride * length
+        return position
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A part's share in the payload of peaks, where ranks share groups of its line (seams.py).
+
+    Attributes:
+        axes: over which the largest number of a group is sought, one after another.
+        num_slots: numbers in the payload, the same on every rank.
+        slots: group of the part -> its slot; None: every group has one, in order.
+    """
+
+    axes: tuple[Axis, ...]
+    num_slots: int
+    slots: Mapping[int, int] | None = None
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -127,6 +162,10 @@ class Piece:
         cut_blocks: how many blocks of the whole parameter are shared by ranks.
         boxes: where it lies, if in a flat tensor and in another order than its line.
         spans: which numbers of the parameter's line they are.
+        seam: where ranks share groups of its line; None where no group is cut.
+        kept: which of the part's blocks have their moments here: a box of its block vector, in the
+            tensor's block vector.
+        others: the same numbers as the part is cut otherwise, in the order of `blocks.others`.
     """
 
     part: Part
@@ -137,6 +176,9 @@ class Piece:
     cut_blocks: int = 0
     boxes: tuple[Box, ...] = ()
     spans: tuple[Span, ...] = ()
+    seam: Seam | None = field(default=None, compare=False)
+    kept: Span | None = None
+    others: tuple[Piece, ...] = ()
 
     @property
     def num_sums(self) -> int:
@@ -150,8 +192,14 @@ class Piece:
 
     def places(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[stop - start] int64: places in the parameter's line; the numbers are of one span."""
-        span = next(span for span in reversed(self.spans) if span.position <= start)
-        return span.places(start, stop, device)
+        return self._span(start).places(start, stop, device)
+
+    def place(self, position: int) -> int:
+        """Place in the parameter's line of one number, by its position in the flat line."""
+        return self._span(position).place(position)
+
+    def _span(self, position: int) -> Span:
+        return next(span for span in reversed(self.spans) if span.position <= position)
 
 
 @dataclass(frozen=True)
@@ -186,6 +234,7 @@ class Layout:
             block vector depends on the sharding.
         moments_by_element: in a state dict the block vector is spread over the elements, for
             loaders that cut state where they cut the tensor.
+        others: the parts that are cut in further ways, by these; a layout for each.
     """
 
     pieces: tuple[Piece, ...]
@@ -196,6 +245,7 @@ class Layout:
     first: int | None = None
     flat: bool = False
     moments_by_element: bool = False
+    others: tuple[Layout, ...] = ()
 
     @property
     def num_blocks(self) -> int:

@@ -15,8 +15,9 @@ def replicated(part: Part) -> Layout:
     runs = box_runs(line, [0] * len(line), line, part.blocks.block_numel)
     span = Span(0, line, (0,) * len(line), line)
     vector = vector_shape(part.shape, part.blocks)
+    kept = Span(0, vector, (0,) * len(vector), vector)
     return Layout(
-        pieces=(Piece(part, runs, 0, part.num_blocks, spans=(span,)),),
+        pieces=(Piece(part, runs, 0, part.num_blocks, spans=(span,), kept=kept),),
         as_state=lambda moments: moments.view(vector),
         first=0 if runs else None,
     )

@@ -17,7 +17,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Run", "Section", "box_runs", "interval_boxes", "local_blocks"]
+__all__ = [
+    "Run",
+    "Section",
+    "box_runs",
+    "contiguous_runs",
+    "in_whole_runs",
+    "interval_boxes",
+    "local_blocks",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,38 @@ def box_runs(
         return ()
     dims = _merged(list(zip(shape, offsets, lengths, strict=True)))
     return tuple(_box_runs(dims, block_numel))
+
+
+def contiguous_runs(
+    shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], block_numel: int
+) -> Iterator[Run]:
+    """Runs of a box, every one contiguous in the parameter's line too; see `box_runs`.
+
+    Args:
+        shape: of the whole parameter, in line order.
+        offsets: first index of the box in every dim.
+        lengths: of the box in every dim.
+        block_numel: numbers per block of the parameter's line.
+    """
+    if math.prod(lengths):
+        yield from _contiguous(
+            _merged(list(zip(shape, offsets, lengths, strict=True))), block_numel
+        )
+
+
+def in_whole_runs(
+    shape: Sequence[int], offsets: Sequence[int], lengths: Sequence[int], block_numel: int
+) -> bool:
+    """Whether a box is many runs that all begin and end where blocks do.
+
+    Args:
+        shape: of the whole parameter, in line order.
+        offsets: first index of the box in every dim.
+        lengths: of the box in every dim.
+        block_numel: numbers per block of the parameter's line.
+    """
+    dims = _merged(list(zip(shape, offsets, lengths, strict=True)))
+    return len(dims) > 1 and all(number % block_numel == 0 for number in dims[-1])
 
 
 def interval_boxes(
@@ -186,10 +226,8 @@ def _merged(dims: list[_Dim]) -> list[_Dim]:
 
 
 def _box_runs(dims: list[_Dim], block_numel: int) -> Iterator[Run]:
-    size, offset, length = dims[-1]
-    if len(dims) == 1:
-        yield Run(0, length, offset % block_numel, block_numel, offset // block_numel)
-    elif block_numel % size == 0:
+    size, _, length = dims[-1]
+    if len(dims) > 1 and block_numel % size == 0:
         # Blocks are whole multiples of the inner dim, of which `length` numbers lie here: the outer
         # dims alone decide, with every one of their elements standing for `length` numbers.
         for run in _box_runs(dims[:-1], block_numel // size):
@@ -201,11 +239,14 @@ def _box_runs(dims: list[_Dim], block_numel: int) -> Iterator[Run]:
                 run.first_block,
             )
     else:
-        for index, row in enumerate(_outer_indices(dims[:-1])):
-            start = row * size + offset
-            yield Run(
-                index * length, length, start % block_numel, block_numel, start // block_numel
-            )
+        yield from _contiguous(dims, block_numel)
+
+
+def _contiguous(dims: list[_Dim], block_numel: int) -> Iterator[Run]:
+    size, offset, length = dims[-1]
+    for index, row in enumerate(_outer_indices(dims[:-1])):
+        start = row * size + offset
+        yield Run(index * length, length, start % block_numel, block_numel, start // block_numel)
 
 
 def _outer_indices(dims: list[_Dim]) -> Iterator[int]:

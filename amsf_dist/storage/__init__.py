@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from amsf_dist.storage.int8 import Int8
 from amsf_dist.storage.kahan import Kahan
 from amsf_dist.storage.plain import Plain
-from amsf_dist.storage.protocol import Draw, Storage
+from amsf_dist.storage.protocol import Draw, Groups, Storage
 from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic
 
-__all__ = ["Draw", "Plain", "Storage", "state_storage", "weight_storage"]
+__all__ = ["Draw", "Groups", "Int8", "Plain", "Storage", "state_storage", "weight_storage"]
 
 
 def weight_storage(name: str, dtype: torch.dtype) -> Storage:
@@ -41,4 +42,6 @@ def state_storage(name: str, dtype: torch.dtype) -> Storage:
     """
     if name == "bf16":
         return Stochastic(torch.bfloat16)
+    if name == "int8":
+        return Int8()
     return Plain(torch.promote_types(dtype, torch.float32))

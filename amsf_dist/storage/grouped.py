@@ -25,7 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NOT_A_NUMBER", "SCALE_DTYPE", "decode", "encode"]
+__all__ = ["GROUP", "NOT_A_NUMBER", "SCALE_DTYPE", "decode", "encode", "highest"]
+
+GROUP = 64
+"""Numbers of a parameter's line that share a scale; the last group may have fewer."""
 
 SCALE_DTYPE = torch.bfloat16
 """With the exponents of fp32: a gap may be 1e-9, and fp16 has nothing 20,000 times below it."""
@@ -40,7 +43,7 @@ _RANDOM_BITS = 24  # as many as fp32 holds
 
 
 def encode(
-    values: Tensor, bits: Tensor | None = None, mask: Tensor | None = None
+    values: Tensor, bits: Tensor | None = None, peaks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of groups.
 
@@ -58,16 +61,15 @@ def encode(
     Args:
         values: [groups, size] fp32.
         bits: [groups, size] int32, of which the lowest 24 bits count; None: to nearest.
-        mask: [groups, size] bool, False where a group has no number: encoded as 0, whatever lies
-            there. None: True everywhere.
+        peaks: [groups] fp32, the largest magnitudes of the groups' numbers that are not among these
+            values, or 0. None: all are here.
 
     Returns:
         [groups, size] int8 codes; [groups] bf16 scales.
     """
-    if mask is not None:
-        values = torch.where(mask, values, 0.0)
     magnitude = values.abs().nan_to_num_(0.0, 0.0, 0.0)
-    scales = _scales(magnitude)
+    absmax = magnitude.amax(1)
+    scales = _scales(absmax if peaks is None else torch.maximum(absmax, peaks))
     scale = scales.to(torch.float32).unsqueeze(1)
 
     # the largest k with k (k + 32) <= |v| / scale
@@ -100,9 +102,13 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     return values.masked_fill_(codes == NOT_A_NUMBER, float("nan"))
 
 
-def _scales(magnitude: Tensor) -> Tensor:
+def highest(scales: Tensor) -> Tensor:
+    """[groups] fp32, the largest magnitudes that groups of these scales (bf16) can have."""
+    return scales.to(torch.float32) * _HIGHEST
+
+
+def _scales(absmax: Tensor) -> Tensor:
     """The smallest bf16 that is not less than absmax / 20193."""
-    absmax = magnitude.amax(1)
     # tensor by tensor: devices divide by a Python number through its reciprocal, which is rounded,
     # and a scale that is right already would be rounded up again. The quotient may be rounded:
     # 20193 times a bf16 is an fp32, and the next one divided is more than half a place above it.

@@ -11,11 +11,12 @@ the update to the compensation in the low precision, and applies weight decay ou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from amsf_dist.storage.protocol import Draw, zeros
+from amsf_dist.storage.protocol import Draw, Groups, zeros
 from amsf_dist.storage.wide import LOW_BITS, from_wide
 
 __all__ = ["Kahan"]
@@ -36,6 +37,7 @@ class Kahan:
       overflows the dtype as infinity. Order is kept.
     """
 
+    group: ClassVar[int] = 0
     dtype: torch.dtype
 
     def keys(self, line: str) -> tuple[str, ...]:
@@ -50,7 +52,13 @@ class Kahan:
         """The compensation."""
         return {f"{line}_compensation": zeros(like, self.dtype)}
 
-    def load(self, tensors: tuple[Tensor, ...], span: slice, dtype: torch.dtype) -> Tensor:
+    def load(
+        self,
+        tensors: tuple[Tensor, ...],
+        span: slice,
+        dtype: torch.dtype,
+        groups: Groups | None = None,
+    ) -> Tensor:
         """The sum, in `dtype`."""
         weight, compensation = tensors
         return weight[span].to(dtype) + compensation[span].to(dtype)
@@ -61,6 +69,7 @@ class Kahan:
         span: slice,
         values: Tensor,
         draw: Draw | None = None,
+        groups: Groups | None = None,
     ) -> None:
         """Round, and keep what was lost."""
         weight, compensation = tensors

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from amsf_dist.storage.protocol import Draw, zeros
+from amsf_dist.storage.protocol import Draw, Groups, zeros
 
 __all__ = ["Plain"]
 
@@ -19,6 +20,7 @@ class Plain:
     Promise: a number reads back as the nearest of the dtype, the even one of two equally near.
     """
 
+    group: ClassVar[int] = 0
     dtype: torch.dtype
 
     def keys(self, line: str) -> tuple[str, ...]:
@@ -33,7 +35,13 @@ class Plain:
         """Nothing."""
         return {}
 
-    def load(self, tensors: tuple[Tensor, ...], span: slice, dtype: torch.dtype) -> Tensor:
+    def load(
+        self,
+        tensors: tuple[Tensor, ...],
+        span: slice,
+        dtype: torch.dtype,
+        groups: Groups | None = None,
+    ) -> Tensor:
         """The span in `dtype`; the memory itself, not a copy, where it is of that dtype."""
         return tensors[0][span].to(dtype)
 
@@ -43,6 +51,7 @@ class Plain:
         span: slice,
         values: Tensor,
         draw: Draw | None = None,
+        groups: Groups | None = None,
     ) -> None:
         """Round to nearest and write."""
         tensors[0][span].copy_(values)

@@ -13,11 +13,12 @@ Idea: FlashOptim (arXiv 2602.23349), whose error is a rounded float quotient; he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from amsf_dist.storage.protocol import Draw, zeros
+from amsf_dist.storage.protocol import Draw, Groups, zeros
 from amsf_dist.storage.wide import LOW_BITS, QUIET_NAN, from_wide, to_wide
 
 __all__ = ["Split"]
@@ -43,6 +44,7 @@ class Split:
     - NaN reads back as NaN, payload and sign not kept.
     """
 
+    group: ClassVar[int] = 0
     dtype: torch.dtype
     bits: int
 
@@ -66,7 +68,13 @@ class Split:
         """The error bits."""
         return {f"{line}_error": zeros(like, self._error_dtype)}
 
-    def load(self, tensors: tuple[Tensor, ...], span: slice, dtype: torch.dtype) -> Tensor:
+    def load(
+        self,
+        tensors: tuple[Tensor, ...],
+        span: slice,
+        dtype: torch.dtype,
+        groups: Groups | None = None,
+    ) -> Tensor:
         """Put the pattern together."""
         weight, error = tensors
         wide = weight[span].view(torch.int16).to(torch.int32)
@@ -81,6 +89,7 @@ class Split:
         span: slice,
         values: Tensor,
         draw: Draw | None = None,
+        groups: Groups | None = None,
     ) -> None:
         """Shorten the pattern to nearest and take it apart."""
         weight, error = tensors

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amsf_dist.storage.plain import Plain
-from amsf_dist.storage.protocol import Draw
+from amsf_dist.storage.protocol import Draw, Groups
 from amsf_dist.storage.wide import LOW_BITS, to_wide
 
 __all__ = ["Stochastic", "round_at_random"]
@@ -32,6 +32,7 @@ class Stochastic(Plain):
         span: slice,
         values: Tensor,
         draw: Draw | None = None,
+        groups: Groups | None = None,
     ) -> None:
         """Round at random, or to nearest without a draw, and write."""
         if draw is not None:

@@ -47,7 +47,7 @@ WRONG: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("averaging", None, ValueError, ["None", "'ema'", "'schedule_free'"]),
     ("averaging", True, ValueError, ["True", "'ema'"]),
     ("blocks", "rows", ValueError, ["'rows'", "did you mean 'row'"]),
-    ("blocks", "factored", ValueError, ["'factored'", "not in this version", "'auto'"]),
+    ("blocks", "factorised", ValueError, ["'factorised'", "did you mean 'factored'"]),
     ("blocks", None, TypeError, ["None", "'auto'"]),
     ("blocks", [{"pattern": "(", "kind": "row"}], ValueError, ["'('", "regular expression"]),
     ("head_dim", 0, ValueError, ["0", ">= 1"]),
@@ -132,9 +132,7 @@ def test_explain_refuses_what_the_optimizer_refuses(
 @pytest.mark.parametrize(
     ("argument", "value", "use"),
     [
-        ("state_storage", "int8", "'bf16'"),
         ("lr_adaptation", "grad_norm", "None"),
-        ("blocks", "factored", "'auto'"),
     ],
 )
 def test_a_word_of_a_later_version_is_refused_with_what_to_use_instead(

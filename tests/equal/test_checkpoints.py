@@ -29,15 +29,19 @@ VOCAB = SHAPES[SHAPE].vocab
 FSDP1 = "fsdp1 FULL_SHARD original"
 
 
-def build(layout: str, lr: float = 5e-3, seed: int = 0) -> tuple[Layout, nn.Module, AMSF]:
+def build(
+    layout: str, lr: float = 5e-3, seed: int = 0, blocks: str = "adam_mini"
+) -> tuple[Layout, nn.Module, AMSF]:
     under = LAYOUTS[layout] if layout != "single" else Layout(single, (1,))
     model = under.wrap(Transformer(SHAPES[SHAPE], dtype=torch.float32, seed=seed))
     # other values and another lr: what a resumed run has must come from the checkpoint
-    return under, model, AMSF(model, blocks="adam_mini", **{**OPTIONS, "lr": lr})
+    return under, model, AMSF(model, blocks=blocks, **{**OPTIONS, "lr": lr})
 
 
-def save_sharded(folder: str, layout: str, mode: str, flatten: bool) -> Any:
-    _, model, optimizer = build(layout)
+def save_sharded(
+    folder: str, layout: str, mode: str, flatten: bool, blocks: str = "adam_mini"
+) -> Any:
+    _, model, optimizer = build(layout, blocks=blocks)
     train(model, optimizer, VOCAB, range(10))
     if mode == "eval":
         optimizer.eval()
@@ -49,8 +53,10 @@ def save_sharded(folder: str, layout: str, mode: str, flatten: bool) -> Any:
     return weights(model, optimizer)
 
 
-def load_sharded(folder: str, layout: str, mode: str, flatten: bool) -> Any:
-    _, model, optimizer = build(layout, lr=0.5, seed=3)
+def load_sharded(
+    folder: str, layout: str, mode: str, flatten: bool, blocks: str = "adam_mini"
+) -> Any:
+    _, model, optimizer = build(layout, lr=0.5, seed=3, blocks=blocks)
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     optim = get_optimizer_state_dict(model, optimizer, options=options)
     loaded = {"model": get_model_state_dict(model), "optim": optim}
@@ -76,10 +82,12 @@ def test_a_sharded_checkpoint_resumes_on_any_number_of_ranks(
         assert error <= 1e-5, f"{world_size} ranks: {name} differs by {error:.1e}"
 
 
-def test_a_checkpoint_goes_from_sharding_to_sharding(tmp_path: Path) -> None:
-    expected = run_ranks(4, save_sharded, str(tmp_path), "fsdp2 HSDP", "train", False)[0]
+@pytest.mark.parametrize("blocks", ["adam_mini", "factored"])
+def test_a_checkpoint_goes_from_sharding_to_sharding(tmp_path: Path, blocks: str) -> None:
+    expected = run_ranks(4, save_sharded, str(tmp_path), "fsdp2 HSDP", "train", False, blocks)[0]
     for layout, world_size in (("fsdp2", 3), ("fsdp2 Shard(1)", 2), ("ddp", 2)):
-        resumed = run_ranks(world_size, load_sharded, str(tmp_path), layout, "train", False)[0]
+        setting = (str(tmp_path), layout, "train", False, blocks)
+        resumed = run_ranks(world_size, load_sharded, *setting)[0]
         error, name = relative_error(resumed, expected, NOISE)
         assert error <= 1e-5, f"{layout}: {name} differs by {error:.1e}"
 

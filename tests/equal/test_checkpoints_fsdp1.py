@@ -80,9 +80,11 @@ def load(how: str, path: str, model: nn.Module, optimizer: AMSF) -> None:
         optimizer.load_state_dict(ours)
 
 
-def interrupted(how: str, layout: str, mode: str, path: str) -> dict[str, Tensor]:
+def interrupted(
+    how: str, layout: str, mode: str, path: str, blocks: str = "adam_mini"
+) -> dict[str, Tensor]:
     """Three steps, a checkpoint, and the nine steps that the others must find too."""
-    _, model, optimizer = build(layout, SHAPE, resumed=False)
+    _, model, optimizer = build(layout, SHAPE, resumed=False, blocks=blocks)
     train(model, optimizer, VOCAB, range(3))
     if mode == "eval":
         optimizer.eval()
@@ -93,9 +95,15 @@ def interrupted(how: str, layout: str, mode: str, path: str) -> dict[str, Tensor
 
 
 def resumed(
-    how: str, layout: str, mode: str, path: str, steps: range, to: str | None = None
+    how: str,
+    layout: str,
+    mode: str,
+    path: str,
+    steps: range,
+    to: str | None = None,
+    blocks: str = "adam_mini",
 ) -> dict[str, Tensor]:
-    _, model, optimizer = build(layout, SHAPE, resumed=True)
+    _, model, optimizer = build(layout, SHAPE, resumed=True, blocks=blocks)
     if mode == "eval":
         optimizer.eval()  # dcp.load fills what is there: else it would leave out the exact y
     load(how, path, model, optimizer)
@@ -149,6 +157,17 @@ def test_a_run_goes_on_from_two_ranks_to_four_to_three_to_one(
     for end, values in ends.items():
         error, name = relative_error(values, expected, NOISE)
         assert error <= 1e-5, f"one process {end}: {name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", ["original", "flat"])
+def test_rows_and_columns_go_on_under_fsdp1(tmp_path: Path, kind: str) -> None:
+    layout, path = f"fsdp1 on a mesh {kind}", str(tmp_path / "saved")
+    setting = ("torch, sharded", layout, "train", path)
+    expected = run_ranks(2, interrupted, *setting, "factored")[0]
+    for world_size in (2, 3):
+        ours = run_ranks(world_size, resumed, *setting, range(3, 12), None, "factored")[0]
+        error, name = relative_error(ours, expected, NOISE)
+        assert error <= (0.0 if world_size == 2 else 1e-5), f"{name} differs by {error:.1e}"
 
 
 STRATEGIES = [

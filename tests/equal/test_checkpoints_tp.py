@@ -81,17 +81,17 @@ def test_tensor_parallel_resumes_on_any_mesh_and_without(
 UNTIED: Any = {"shape": SHAPE, "tied": False}
 
 
-def uninterrupted() -> dict[str, Tensor]:
-    _, model, optimizer = build("single", resumed=False, **UNTIED)
+def uninterrupted(blocks: str) -> dict[str, Tensor]:
+    _, model, optimizer = build("single", resumed=False, blocks=blocks, **UNTIED)
     train(model, optimizer, VOCAB, range(12))
     return weights(model)
 
 
 def leg(
-    layout: str, mode: str, came_from: str | None, goes_to: str, steps: range
+    layout: str, mode: str, came_from: str | None, goes_to: str, steps: range, blocks: str
 ) -> dict[str, Tensor]:
     """Three steps of a run under one engine."""
-    under, model, optimizer = build(layout, resumed=came_from is not None, **UNTIED)
+    under, model, optimizer = build(layout, resumed=came_from is not None, blocks=blocks, **UNTIED)
     if came_from is not None:
         load_full(came_from, model, optimizer, broadcast=mode == "train")
         go_on(optimizer, mode)
@@ -110,16 +110,19 @@ JOURNEYS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+MODES = [("train", "adam_mini"), ("eval", "adam_mini"), ("train", "factored")]
+
+
+@pytest.mark.parametrize(("mode", "blocks"), MODES)
 @pytest.mark.parametrize("journey", JOURNEYS, ids=["to one process", "from one process"])
 def test_a_run_moves_from_engine_to_engine(
-    tmp_path: Path, journey: list[tuple[str, int]], mode: str
+    tmp_path: Path, journey: list[tuple[str, int]], mode: str, blocks: str
 ) -> None:
     came_from, values = None, {}
     for number, (layout, world_size) in enumerate(journey):
         goes_to = str(tmp_path / f"{number}.pt")
         steps = range(3 * number, 3 * number + 3)
-        values = run_ranks(world_size, leg, layout, mode, came_from, goes_to, steps)[0]
+        values = run_ranks(world_size, leg, layout, mode, came_from, goes_to, steps, blocks)[0]
         came_from = goes_to
-    error, name = relative_error(values, uninterrupted(), NOISE)
+    error, name = relative_error(values, uninterrupted(blocks), NOISE)
     assert error <= 1e-5, f"{name} differs by {error:.1e}"

@@ -18,6 +18,7 @@ RULES = {
         ("tensor", "schedule_free"),
         ("adam_mini", "ema"),
         ("element", "schedule_free"),
+        ("factored", "schedule_free"),
     ],
     torch.float64: [("auto", "schedule_free"), ("tensor", "ema")],
 }

@@ -39,37 +39,40 @@ def loss_of(model: nn.Module, step: int, rank: int = 0, world_size: int = 1) -> 
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def trained(wrap: Callable[[Any], nn.Module] | None = None) -> dict[str, Any]:
+def trained(blocks: str, wrap: Callable[[Any], nn.Module] | None = None) -> dict[str, Any]:
     model = gpt2() if wrap is None else wrap(gpt2())
-    optimizer = AMSF(model, **SETTINGS)
+    optimizer = AMSF(model, blocks=blocks, **SETTINGS)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if wrap else (0, 1)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, step, rank, world_size).backward()
         clip_(model, CLIP)
         optimizer.step()
-    assert any(row.kind == "row" and "c_fc" in row.name for row in optimizer.explain().rows)
+    kind = "row" if blocks == "auto" else blocks
+    assert any(row.kind == kind and "c_fc" in row.name for row in optimizer.explain().rows)
     found = {"y": plain_weights(model, optimizer), "v": plain_moments(model, optimizer)}
     with optimizer.averaged_parameters():
         found["x"] = plain_weights(model, optimizer)
     return found
 
 
-def under_fsdp1() -> Any:
+def under_fsdp1(blocks: str) -> Any:
     return {
-        name: trained(LAYOUTS[name].wrap)
+        name: trained(blocks, LAYOUTS[name].wrap)
         for name in ("fsdp1 FULL_SHARD original", "fsdp1 FULL_SHARD flat")
     }
 
 
-def under_zero() -> Any:
+def under_zero(blocks: str) -> Any:
     found = {}
     for name, settings in {
         "1": {"stage": 1},
         "2": {"stage": 2},
         "3": {"stage": 3, "zero": {"sub_group_size": 500}},
     }.items():
-        engine = engine_of(gpt2(), config(**settings, amsf={"head_dim": None, "eps": 1e-5}))
+        engine = engine_of(
+            gpt2(), config(**settings, amsf={"head_dim": None, "eps": 1e-5, "blocks": blocks})
+        )
         for step in range(STEPS):
             engine.backward(loss_of(engine, step, dist.get_rank(), dist.get_world_size()))
             engine.step()
@@ -80,9 +83,10 @@ def under_zero() -> Any:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("under", [under_fsdp1, under_zero], ids=["fsdp1", "zero"])
-def test_transposed_weights(under: Callable[[], Any], world_size: int) -> None:
-    one_process = trained()
-    for found in run_ranks(world_size, under):
+@pytest.mark.parametrize("blocks", ["auto", "factored"])
+def test_transposed_weights(under: Callable[..., Any], world_size: int, blocks: str) -> None:
+    one_process = trained(blocks)
+    for found in run_ranks(world_size, under, blocks):
         for name, values in found.items():
             for what, value in one_process.items():
                 error, where = relative_error(values[what], value)

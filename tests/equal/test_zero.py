@@ -24,6 +24,7 @@ RULES: list[dict[str, Any]] = [
     {"blocks": "auto"},
     {"blocks": "tensor"},  # blocks over more than two ranks
     {"blocks": "adam_mini", "averaging": "ema"},
+    {"blocks": "factored"},
 ]
 ACCUMULATE = {"gradient_accumulation_steps": 2}
 CPU = {"device": "cpu"}
@@ -86,7 +87,7 @@ def assert_equal_to_one_process(found: Any, shape: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_ranks(name: str) -> None:
-    rules = [0, 1, 2] if name in WIDE else [1]
+    rules = [0, 1, 2, 3] if name in WIDE else [1]
     for found in run_ranks(2, under_deepspeed, [name], "uneven", rules):
         assert_equal_to_one_process(found, "uneven")
 
@@ -94,5 +95,5 @@ def test_two_ranks(name: str) -> None:
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_more_ranks(world_size: int) -> None:
     shape = "even" if world_size == 4 else "uneven"
-    for found in run_ranks(world_size, under_deepspeed, list(WIDE), shape, [0, 1]):
+    for found in run_ranks(world_size, under_deepspeed, list(WIDE), shape, [0, 1, 3]):
         assert_equal_to_one_process(found, shape)

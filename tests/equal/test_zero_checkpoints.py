@@ -38,6 +38,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2": {"stage": 2, "zero": {"round_robin_gradients": True}},
     "2 offload": {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
     "3": {"stage": 3, "zero": {"sub_group_size": 500}},
+    "factored 1": {"stage": 1, "amsf": {"blocks": "factored"}},
+    "factored 3": {"stage": 3, "zero": {"sub_group_size": 500}, "amsf": {"blocks": "factored"}},
     "bf16 0": {"bf16": {"enabled": True}},
     "bf16 1": {"stage": 1, "bf16": {"enabled": True}},
     "bf16 wrapper": {
@@ -47,8 +49,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "bf16 3": {"stage": 3, "bf16": {"enabled": True}},
 }
-FP32 = ("0", "1", "2", "2 offload", "3")
+FP32 = ("0", "1", "2", "2 offload", "3", "factored 1", "factored 3")
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
+
+
+def blocks_of(name: str) -> str:
+    return "factored" if name.startswith("factored") else "auto"
 
 
 def build(name: str, **changes: Any) -> Any:
@@ -114,9 +120,26 @@ def test_same_engine_goes_on_bit_for_bit(saved: tuple[str, Any]) -> None:
     ("world_size", "pairs"),
     [
         (4, [("2", "y", "3"), ("3", "x", "2"), ("0", "y", "3"), ("1", "x", "1")]),
-        (3, [("3", "y", "1"), ("2", "x", "3"), ("2 offload", "y", "0")]),
+        (
+            3,
+            [
+                ("3", "y", "1"),
+                ("2", "x", "3"),
+                ("2 offload", "y", "0"),
+                ("factored 3", "y", "factored 1"),
+            ],
+        ),
         (1, [("3", "x", "3"), ("2", "y", "0"), ("0", "x", "2"), ("bf16 1", "y", "bf16 wrapper")]),
-        (2, [("1", "y", "3"), ("3", "x", "0"), ("0", "x", "2 offload"), ("3", "y", "2")]),
+        (
+            2,
+            [
+                ("1", "y", "3"),
+                ("3", "x", "0"),
+                ("0", "x", "2 offload"),
+                ("3", "y", "2"),
+                ("factored 1", "x", "factored 3"),
+            ],
+        ),
     ],
 )
 def test_other_stages_and_ranks(
@@ -132,11 +155,12 @@ def test_other_stages_and_ranks(
 def test_universal(saved: tuple[str, Any], tmp_path: Path) -> None:
     folder, uninterrupted = saved
     universal = tmp_path / "universal"
-    for tag in ("2 y", "3 x", "3 y"):
+    for tag in ("2 y", "3 x", "3 y", "factored 3 x"):
         to_universal(folder, universal, tag)
     with pytest.raises(FileExistsError):
         to_universal(folder, universal, "2 y")
-    for world_size, pairs in ((3, [("2", "y", "3"), ("3", "x", "1")]), (2, [("3", "y", "3")])):
+    to_three = [("2", "y", "3"), ("3", "x", "1"), ("factored 3", "x", "factored 1")]
+    for world_size, pairs in ((3, to_three), (2, [("3", "y", "3")])):
         for found in run_ranks(world_size, resume, str(universal), pairs):
             assert_same_run(found, uninterrupted, exact=False)
 
@@ -146,15 +170,15 @@ def full_to_zero(folder: str, name: str, at: str) -> Any:
     load_state_dict(engine, **torch.load(f"{folder}/{at}.pt", weights_only=False))
     engine.optimizer.train()
     train(engine, SHAPE.vocab, range(HALF, STEPS))
-    return {("0", at, name): everything(engine)}
+    return {(name, at, name): everything(engine)}
 
 
 @pytest.mark.xdist_group("zero checkpoints")
 def test_one_process_and_back(saved: tuple[str, Any], tmp_path: Path) -> None:
     folder, uninterrupted = saved
-    for tag in ("3 y", "2 x", "0 y"):
+    for tag in ("factored 3 y", "3 y", "2 x", "0 y"):
         model = Transformer(SHAPE, dtype=torch.float32)
-        optimizer = AMSF(model, head_dim=HEADS, **OPTIONS)
+        optimizer = AMSF(model, blocks=blocks_of(tag), head_dim=HEADS, **OPTIONS)
         weights, state = full_state_dicts(folder, tag)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied
@@ -177,7 +201,7 @@ def test_one_process_and_back(saved: tuple[str, Any], tmp_path: Path) -> None:
 def zero_to_fsdp2(folder: str, tag: str) -> Any:
     """A DeepSpeed checkpoint into FSDP2, to the end; and what it saves half way."""
     model = fsdp2(Transformer(SHAPE, dtype=torch.float32))
-    optimizer = AMSF(model, head_dim=HEADS, **OPTIONS)
+    optimizer = AMSF(model, blocks=blocks_of(tag), head_dim=HEADS, **OPTIONS)
     weights, state = full_state_dicts(folder, tag) if dist.get_rank() == 0 else ({}, {})
     everywhere = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, weights, options=everywhere)
@@ -198,12 +222,13 @@ def zero_to_fsdp2(folder: str, tag: str) -> Any:
 
 
 @pytest.mark.xdist_group("zero checkpoints")
-@pytest.mark.parametrize("tag", ["3 y", "2 x"])
+@pytest.mark.parametrize("tag", ["3 y", "2 x", "factored 1 y"])
 def test_fsdp2_and_back(saved: tuple[str, Any], tmp_path: Path, tag: str) -> None:
     folder, uninterrupted = saved
     ranks = run_ranks(3, zero_to_fsdp2, folder, tag)
     for found, _ in ranks:
         assert_same_run(found, uninterrupted, exact=False)
     torch.save(ranks[0][1], tmp_path / "fsdp2.pt")
-    for found in run_ranks(2, full_to_zero, str(tmp_path), "3", "fsdp2"):
+    back = "factored 3" if tag.startswith("factored") else "3"
+    for found in run_ranks(2, full_to_zero, str(tmp_path), back, "fsdp2"):
         assert_same_run(found, uninterrupted, exact=False)

@@ -26,7 +26,7 @@ def spoiled(model: Little, name: str, value: float) -> Callable[[int], None]:
 
 @AVERAGINGS
 @pytest.mark.parametrize("value", NOT_FINITE)
-@pytest.mark.parametrize("blocks", ["auto", "adam_mini", "tensor", "element"])
+@pytest.mark.parametrize("blocks", ["auto", "adam_mini", "tensor", "element", "factored"])
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "norm.bias", "up_proj.weight"])
 def test_a_step_that_is_not_finite_changes_nothing(
     averaging: str, value: float, blocks: str, name: str
@@ -83,7 +83,7 @@ def test_one_bad_dtype_holds_all_dtypes_back() -> None:
     assert optimizer.skipped_steps == 2
 
 
-@pytest.mark.parametrize("blocks", ["auto", "element"])
+@pytest.mark.parametrize("blocks", ["auto", "element", "factored"])
 def test_a_gradient_whose_square_overflows_is_skipped_too(blocks: str) -> None:
     """Its second moment would be infinite, and stay so for ever."""
     model = Little()

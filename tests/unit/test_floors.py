@@ -22,12 +22,14 @@ FLOORS = (
         "kernels",
         "reduce",
         "exact",
+        "peaks",
         "state",
         "plan",
         "audit",
         "groups",
         "owner",
         "loading",
+        "portable",
         "stamp",
         "checks",
         "watch",
@@ -49,7 +51,7 @@ OPTIONAL = frozenset(
 )
 DISTRIBUTED = "torch.distributed"
 MAY_BE_DISTRIBUTED = frozenset(
-    "shards reduce exact release checkpoint integrations train doctor".split()
+    "shards reduce exact peaks release checkpoint integrations train doctor".split()
 )
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
-from amsf_dist.kernels.tiles import flat_line, put_back
+from amsf_dist.kernels.lines import flat_line, put_back
 from amsf_dist.shards.flat import FlatSlice, flat_layout
 from amsf_dist.shards.fsdp2 import cut_mesh_dims, fsdp2, on_paper
 from amsf_dist.shards.layout import Axis, Layout, Part

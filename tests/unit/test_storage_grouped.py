@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amsf_dist.storage import Groups, Int8
 from amsf_dist.storage.grouped import NOT_A_NUMBER, decode, encode
 from amsf_dist.storage.noise import bits
 
@@ -147,16 +148,39 @@ def test_one_number_that_is_not_finite_leaves_its_neighbours_alone() -> None:
     assert bool(decode(*encode(hopeless, noise(hopeless))).isnan().all())
 
 
-def test_what_lies_outside_the_mask_counts_for_nothing() -> None:
-    values = groups(1.0, count=4)
-    mask = torch.arange(64) < torch.tensor([[64], [40], [1], [0]])
-    dirty = values.masked_fill(~mask, torch.nan)
-    dirty[1, 50], dirty[2, 60] = 1e30, torch.inf
-    codes, scales = encode(dirty, noise(values), mask)
-    want, want_scales = encode(values.masked_fill(~mask, 0.0), noise(values))
-    assert torch.equal(codes, want) and torch.equal(scales, want_scales)
-    dirty[1, 3] = torch.nan
-    assert int(encode(dirty, noise(values), mask)[0][1, 3]) == NOT_A_NUMBER
+def test_numbers_that_lie_elsewhere_count_by_their_peak() -> None:
+    whole = groups(1.0, count=4)
+    drawn = noise(whole)
+    want, want_scales = encode(whole, drawn)
+    for cut in (1, 20, 63):
+        for here, there in ((slice(0, cut), slice(cut, 64)), (slice(cut, 64), slice(0, cut))):
+            peaks = whole[:, there].abs().amax(1)
+            codes, scales = encode(whole[:, here], drawn[:, here], peaks)
+            assert torch.equal(codes, want[:, here]) and torch.equal(scales, want_scales)
+
+
+@pytest.mark.parametrize("phase", [0, 5, 63])
+def test_numbers_that_do_not_move_keep_their_codes(phase: int) -> None:
+    storage, numel = Int8(), 300
+    codes, scales = torch.zeros(numel, dtype=torch.int8), torch.zeros(7, dtype=torch.bfloat16)
+    memory, span, place = (codes, scales), slice(0, numel), Groups(1, phase)
+    generator = torch.Generator().manual_seed(phase)
+    storage.store(memory, span, torch.randn(numel, generator=generator), None, place)
+    before = codes.clone(), scales.clone()
+    values = storage.load(memory, span, torch.float32, place)
+    moves = torch.rand(numel, generator=generator) < 0.5
+    smaller = torch.where(moves, 0.5 * values, values)  # within the old scale
+
+    def draw() -> torch.Tensor:
+        return torch.randint(2**31, (numel,), generator=generator, dtype=torch.int32)
+
+    storage.store(memory, span, smaller, draw, place._replace(moves=moves.view(10, 30)))
+    assert torch.equal(codes[~moves], before[0][~moves])
+    assert not torch.equal(codes, before[0])
+    nothing = codes.clone(), scales.clone()
+    read = storage.load(memory, span, torch.float32, place)
+    storage.store(memory, span, read, draw, place._replace(moves=torch.tensor(False)))
+    assert torch.equal(codes, nothing[0]) and torch.equal(scales[1:], nothing[1][1:])
 
 
 def test_a_group_does_not_depend_on_those_beside_it() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from amsf_dist.integrations.deepspeed.pieces import describe
 from amsf_dist.integrations.deepspeed.saved import WEIGHT, Saved
 from amsf_dist.kernels import Holding
 from amsf_dist.optimizer import AMSF
+from amsf_dist.portable import scale_key, take_line_
 from amsf_dist.shards import Flats
-from amsf_dist.state import MOMENT, STASH
+from amsf_dist.state import STASH
+from amsf_dist.storage.grouped import SCALE_DTYPE
 
 __all__ = ["fill"]
 
@@ -55,6 +57,9 @@ def fill(optimizer: AMSF, flats: Flats, saved: Saved, with_state: bool = True) -
             _copy_state(holding, optimizer.state[holding.param], record, saved)
     if not with_state:
         return
+    for holding in optimizer.holdings:
+        for index in range(len(holding.lines)):
+            _copy_line(holding, index, describe(holding, flats), saved)
     for group in optimizer.param_groups:
         names = [
             record["name"]
@@ -86,11 +91,14 @@ def _check(holding: Holding, record: dict[str, Any], saved: Saved) -> None:
         raise ValueError(
             f"{name}: saved with shape {saved.shapes[name]}, this model has {record['shape']}"
         )
-    if saved.block_numel[name] != record["block_numel"]:
-        raise ValueError(
-            f"{name}: saved with blocks of {saved.block_numel[name]} numbers, this optimizer has "
-            f"blocks of {record['block_numel']}; build it with the blocks= and head_dim= of then"
-        )
+    for key, ours in record["moments"].items():
+        theirs = saved.block_numel[name].get(key)
+        if theirs != ours["block_numel"]:
+            then = f"with blocks of {theirs} numbers" if theirs else f"without {key!r}"
+            raise ValueError(
+                f"{name}: saved {then}, this optimizer has blocks of {ours['block_numel']}; build "
+                "it with the blocks= and head_dim= of then"
+            )
     averaging = saved.groups[saved.group_of[name]]["averaging"]
     if averaging != holding.group["averaging"]:
         raise ValueError(
@@ -112,7 +120,7 @@ def _copy_state(
     name, start, stop = record["name"], record["start"], record["stop"]
     here = slice(record["offset"], record["offset"] + stop - start)
     for key, value in state.items():
-        if key not in (MOMENT, STASH) and key not in holding.rule.counters:
+        if key in holding.error_keys:
             saved.read(name, key, start, stop, holding.memory(value).view(-1)[here])
     averaging = not saved.groups[saved.group_of[name]]["train_mode"]
     if averaging and any(STASH in part.lines for part in saved.fragments[name]):
@@ -120,8 +128,27 @@ def _copy_state(
         saved.read(name, STASH, start, stop, holding.memory(stash).view(-1)[here])
     elif not averaging:
         state.pop(STASH, None)
-    first, count = record["first_moment"], record["num_moments"]
-    moments = holding.exp_avg_sq[first : first + count]
-    saved.read_moments(name, record["first_block"], count, moments)
+    for partition in holding.partitions:
+        if at := record["moments"].get(partition.key):
+            moments = partition.moments[at["first_moment"] :][: at["num_moments"]]
+            saved.read_moments(name, partition.key, at["first_block"], moments)
     for counter in holding.rule.counters:
         state[counter].fill_(saved.counters[name][counter])
+
+
+def _copy_line(
+    holding: Holding, index: int, records: Sequence[dict[str, Any]], saved: Saved
+) -> None:
+    name = holding.rule.lines[index]
+    memory = holding.memory(holding.param)
+    codes = any(scale_key(name) in part.lines for part in saved.fragments[records[0]["name"]])
+    values = torch.zeros_like(memory, dtype=torch.int8 if codes else holding.compute_dtype)
+    scales = torch.zeros_like(memory, dtype=SCALE_DTYPE) if codes else None
+    for record in records:
+        start, stop = record["start"], record["stop"]
+        here = slice(record["offset"], record["offset"] + stop - start)
+        saved.read(record["name"], name, start, stop, values.view(-1)[here])
+        if scales is not None:
+            key = scale_key(name)
+            saved.read(record["name"], key, start, stop, scales.view(-1)[here])
+    take_line_(holding, index, values, scales)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from amsf_dist.integrations.deepspeed.model_files import model_of_files
 from amsf_dist.integrations.deepspeed.saved import WEIGHT, Saved, of_files
-from amsf_dist.state import MOMENT
 
 __all__ = ["full_state_dicts"]
 
@@ -52,15 +51,16 @@ def full_state_dicts(
 
 def _state(saved: Saved, name: str) -> dict[str, Any]:
     keys = {key for part in saved.fragments[name] for key in part.lines} - {WEIGHT}
-    first = saved.fragments[name][0]
-    vector = first.moments.new_zeros(saved.numel(name) // saved.block_numel[name])
-    saved.read_moments(name, 0, vector.numel(), vector)
+    moments = {
+        key: saved.whole_moments(name, key).view(shape)
+        for key, shape in saved.moment_shapes[name].items()
+    }
     counters = {
         key: torch.tensor(value, dtype=torch.float64) for key, value in saved.counters[name].items()
     }
     return {
         **{key: _line(saved, name, key) for key in keys},
-        MOMENT: vector.view(saved.moment_shapes[name]),
+        **moments,
         **counters,
     }
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from amsf_dist.kernels import Holding
-from amsf_dist.shards import Flats, vector_shape
+from amsf_dist.shards import Flats, Piece, vector_shape
+from amsf_dist.state import MOMENTS
 
 __all__ = ["describe"]
 
@@ -21,9 +22,9 @@ def describe(holding: Holding, flats: Flats) -> list[dict[str, Any]]:
 
     Returns:
         name, shape; offset in the tensor, start and stop in the parameter (row-major, as stored);
-        block_numel; first_moment in the tensor's block vector, num_moments there, and first_block,
-        the block of the parameter that the first of them belongs to; moment_shape, of the whole
-        vector in a state dict of one process.
+        moments: key -> block_numel; first_moment in the tensor's block vector, num_moments there,
+        and first_block, the block of the parameter that the first of them belongs to; shape of the
+        whole vector in a state dict of one process.
     """
     return list(_records(holding, flats))
 
@@ -35,16 +36,25 @@ def _records(holding: Holding, flats: Flats) -> Iterator[dict[str, Any]]:
         if slices is not None:
             here = slices[number]
             offset, start, stop = here.offset, here.start, here.stop
-        size = piece.part.blocks.block_numel
         yield {
             "name": piece.part.name,
             "shape": piece.part.shape,
             "offset": offset,
             "start": start,
             "stop": stop,
-            "block_numel": size,
-            "first_moment": piece.first_block,
-            "num_moments": piece.num_blocks,
-            "moment_shape": vector_shape(piece.part.shape, piece.part.blocks),
-            "first_block": 0 if piece.boxes or slices is None else start // size,
+            "moments": {
+                key: _moments(cut)
+                for key, cut in zip(MOMENTS, (piece, *piece.others), strict=False)
+            },
         }
+
+
+def _moments(piece: Piece) -> dict[str, Any]:
+    assert piece.kept is not None
+    return {
+        "block_numel": piece.part.blocks.block_numel,
+        "first_moment": piece.first_block,
+        "num_moments": piece.num_blocks,
+        "first_block": piece.kept.offsets[0],  # a slice is an interval of blocks, all else whole
+        "shape": vector_shape(piece.part.shape, piece.part.blocks),
+    }

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from amsf_dist.blocks import canonical_name
 from amsf_dist.rules import RULES
-from amsf_dist.state import MOMENT
+from amsf_dist.state import MOMENTS
 
 __all__ = [
     "WEIGHT",
     "Fragment",
     "Saved",
+    "Vector",
     "fits",
     "kind_of",
     "of_files",
@@ -33,6 +34,14 @@ _PIECES = "amsf_pieces"
 
 
 @dataclass(frozen=True)
+class Vector:
+    """Moments of neighbouring blocks of one parameter; the first belongs to `first_block`."""
+
+    values: Tensor
+    first_block: int
+
+
+@dataclass(frozen=True)
 class Fragment:
     """Numbers [start, stop) of one parameter, row-major as stored.
 
@@ -40,15 +49,13 @@ class Fragment:
         start: first number.
         stop: end.
         lines: key -> [stop - start] numbers; `WEIGHT` and the lines of the rule.
-        moments: block moments; the first belongs to `first_block`.
-        first_block: of the parameter.
+        moments: key -> block moments.
     """
 
     start: int
     stop: int
     lines: Mapping[str, Tensor]
-    moments: Tensor
-    first_block: int
+    moments: Mapping[str, Vector]
 
 
 @dataclass
@@ -58,8 +65,8 @@ class Saved:
     Attributes:
         fragments: per canonical parameter name.
         shapes: of the parameters.
-        moment_shapes: of their block vectors in a state dict of one process.
-        block_numel: numbers per block of every parameter.
+        moment_shapes: of their block vectors in a state dict of one process, by key.
+        block_numel: numbers per block of every parameter, by the key of the moments.
         counters: per parameter: counter -> value.
         groups: options of the parameter groups.
         group_of: parameter name -> index of its group.
@@ -67,8 +74,8 @@ class Saved:
 
     fragments: dict[str, list[Fragment]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    moment_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    block_numel: dict[str, int] = field(default_factory=dict)
+    moment_shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    block_numel: dict[str, dict[str, int]] = field(default_factory=dict)
     counters: dict[str, dict[str, float]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     group_of: dict[str, int] = field(default_factory=dict)
@@ -100,14 +107,22 @@ class Saved:
             )
         return found > 0 or start == stop
 
-    def read_moments(self, name: str, first: int, count: int, out: Tensor) -> None:
-        """Copy the moments of blocks [first, first + count) into `out`."""
+    def read_moments(self, name: str, key: str, first: int, out: Tensor) -> None:
+        """Copy the moments of blocks [first, first + len(out)) into `out`."""
         for part in self.fragments[name]:
-            begin = max(part.first_block, first)
-            end = min(part.first_block + part.moments.numel(), first + count)
+            vector = part.moments[key]
+            begin = max(vector.first_block, first)
+            end = min(vector.first_block + vector.values.numel(), first + out.numel())
             if begin < end:
-                values = part.moments[begin - part.first_block : end - part.first_block]
+                values = vector.values[begin - vector.first_block : end - vector.first_block]
                 out[begin - first : end - first].copy_(values)
+
+    def whole_moments(self, name: str, key: str) -> Tensor:
+        """[num_blocks] all moments of a parameter under one key."""
+        dtype = self.fragments[name][0].moments[key].values.dtype
+        out = torch.zeros(self.numel(name) // self.block_numel[name][key], dtype=dtype)
+        self.read_moments(name, key, 0, out)
+        return out
 
 
 def optimizer_files(folder: Path) -> list[Path]:
@@ -199,19 +214,24 @@ def _add(saved: Saved, base: Mapping[str, Any], masters: Sequence[Tensor]) -> No
         for piece in pieces:
             name, count = piece["name"], piece["stop"] - piece["start"]
             here = slice(piece["offset"], piece["offset"] + count)
-            first = piece["first_moment"]
-            moments = state[MOMENT].reshape(-1)[first : first + piece["num_moments"]]
+            moments = {
+                key: Vector(
+                    state[key].reshape(-1)[at["first_moment"] :][: at["num_moments"]],
+                    at["first_block"],
+                )
+                for key, at in piece["moments"].items()
+            }
             fragment = Fragment(
                 piece["start"],
                 piece["stop"],
                 {key: line[here] for key, line in lines.items()},
                 moments,
-                piece["first_block"],
             )
             saved.fragments.setdefault(name, []).append(fragment)
             saved.shapes[name] = tuple(piece["shape"])
-            saved.moment_shapes[name] = tuple(piece["moment_shape"])
-            saved.block_numel[name] = piece["block_numel"]
+            known = piece["moments"].items()
+            saved.moment_shapes[name] = {key: tuple(at["shape"]) for key, at in known}
+            saved.block_numel[name] = {key: at["block_numel"] for key, at in known}
             saved.counters[name] = counters
             saved.group_of[name] = group_of[index]
 
@@ -237,10 +257,14 @@ def of_full(
                 raise ValueError(f"{name}: it has no state, or no weights, in what was given")
             numel, counters = weights[name].numel(), _counters(state, group)
             lines = _lines(weights[name], state, counters)
-            saved.fragments[name] = [Fragment(0, numel, lines, state[MOMENT].reshape(-1), 0)]
+            vectors = {key: state[key] for key in MOMENTS if key in state}
+            moments = {key: Vector(value.reshape(-1), 0) for key, value in vectors.items()}
+            saved.fragments[name] = [Fragment(0, numel, lines, moments)]
             saved.shapes[name] = tuple(weights[name].shape)
-            saved.moment_shapes[name] = tuple(state[MOMENT].shape)
-            saved.block_numel[name] = numel // max(1, state[MOMENT].numel())
+            saved.moment_shapes[name] = {key: tuple(v.shape) for key, v in vectors.items()}
+            saved.block_numel[name] = {
+                key: numel // max(1, value.numel()) for key, value in vectors.items()
+            }
             saved.counters[name] = counters
             saved.group_of[name] = number
     return saved
@@ -256,6 +280,6 @@ def _lines(
     lines = {
         key: value.reshape(-1)
         for key, value in state.items()
-        if key != MOMENT and key not in counters
+        if key not in MOMENTS and key not in counters
     }
     return {**lines, WEIGHT: weight.reshape(-1)}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amsf_dist.integrations.deepspeed.saved import WEIGHT, Fragment, Saved, of_files
-from amsf_dist.state import MOMENT
+from amsf_dist.integrations.deepspeed.saved import WEIGHT, Fragment, Saved, Vector, of_files
+from amsf_dist.state import MOMENTS
 
 __all__ = ["of_folder", "to_universal"]
 
@@ -88,20 +88,14 @@ def _write(folder: Path, name: str, saved: Saved) -> None:
     numel = saved.numel(name)
     keys = sorted({key for part in saved.fragments[name] for key in part.lines})
     for key in keys:
-        values = torch.zeros(numel, dtype=_dtype(saved, name, key))
+        values = torch.zeros(numel, dtype=saved.fragments[name][0].lines[key].dtype)
         if saved.read(name, key, 0, numel, values):
             file = _WEIGHT_FILE if key == WEIGHT else key
             torch.save({"param": values.view(shape), "cat_dim": 0}, folder / f"{file}.pt")
-    moments = _dtype(saved, name, MOMENT)
-    vector = torch.zeros(numel // saved.block_numel[name], dtype=moments)
-    saved.read_moments(name, 0, vector.numel(), vector)
-    torch.save({"param": vector, "per_block": True}, folder / f"{MOMENT}.pt")
+    for key in saved.block_numel[name]:
+        vector = saved.whole_moments(name, key)
+        torch.save({"param": vector, "per_block": True}, folder / f"{key}.pt")
     torch.save(saved.counters[name]["step"], folder / "step.pt")
-
-
-def _dtype(saved: Saved, name: str, key: str) -> torch.dtype:
-    part = saved.fragments[name][0]
-    return part.moments.dtype if key == MOMENT else part.lines[key].dtype
 
 
 def of_folder(folder: Path) -> Saved | None:
@@ -112,12 +106,13 @@ def of_folder(folder: Path) -> Saved | None:
     saved = Saved(**known)
     for name in saved.shapes:
         lines: dict[str, Tensor] = {}
+        moments: dict[str, Vector] = {}
         for path in (folder / "zero" / name).glob("*.pt"):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-            if path.stem == MOMENT:
-                moments = content["param"]
+            if path.stem in MOMENTS:
+                moments[path.stem] = Vector(content["param"], 0)
             elif isinstance(content, dict):
                 key = WEIGHT if path.stem == _WEIGHT_FILE else path.stem
                 lines[key] = content["param"].reshape(-1)
-        saved.fragments[name] = [Fragment(0, saved.numel(name), lines, moments, 0)]
+        saved.fragments[name] = [Fragment(0, saved.numel(name), lines, moments)]
     return saved
