@@ -65,6 +65,6 @@ def _dots(axis: Any, final: list[Row]) -> None:
     labels = [f"{row.setting.name}  ({row.bytes_per_parameter:.2f} B)" for row in final]
     axis.set_yticks(range(len(final)), labels, fontsize=8)
     axis.set(
-        title=f"After {final[0].runs[0]['steps']} steps: a dot a seed, a bar their mean",
+        title=f"After {final[0].runs[0]['steps']:,} steps: a dot a seed, a bar their mean",
         xlabel="held-out loss, nats per byte",
     )

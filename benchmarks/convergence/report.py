@@ -70,7 +70,7 @@ _ABOUT = """\
     python -m benchmarks.convergence report
 
 A Llama of {parameters:,} parameters (width 128, 3 layers, 4 heads) reads CPython's documentation and standard library byte by
-byte: {steps} steps of 16 x 128, none of it twice, weight decay 0.1 on matrices. A seed sets initial weights and the order of the
+byte: {steps:,} steps of 16 x 128, none of it twice, weight decay 0.1 on matrices. A seed sets initial weights and the order of the
 data, the same for every optimizer. Every 29th page or module is held out, and no held-out paragraph shares 64 characters with a
 training paragraph (text {texts}; another version of Python has another). The loss is over the same 512 held-out windows for
 all, at the average x for the schedule-free ones. Arithmetic is the same for all: fp32, matrix products on bf16 operands.
@@ -81,6 +81,6 @@ are rounded to bf16.
 
 _READING = """\
 Loss in nats per byte. Spread: standard deviation over the seeds. Bytes: distinct storages of weights and optimizer state,
-counted after the run, per parameter; gradients are not in it. The column to {reference}: mean (lowest .. highest) of the relative
+counted after the run, per parameter; error bits count as state, gradients not at all. The column to {reference}: mean (lowest .. highest) of the relative
 difference at equal seeds. Seconds: processor time of a run, the model's included, on CPU with our reference kernel; not a
 measure of speed."""
