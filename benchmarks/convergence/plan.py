@@ -7,35 +7,53 @@ from benchmarks.convergence.setting import COARSE, Setting
 __all__ = ["COMPARED", "IN_PICTURE", "REFERENCE", "SETS", "WHY", "settings_of"]
 
 REFERENCE = "AdamW + cosine"
-_ADAMW = Setting(REFERENCE, "adamw", {"lr": 2e-3, "betas": [0.9, 0.95], "warmup_steps": 150})
-_AMSF = Setting(
-    "AMSF",
+_BEGAN_ADAMW = Setting("", "adamw", {"lr": 2e-3, "betas": [0.9, 0.95], "warmup_steps": 150})
+_BEGAN_AMSF = Setting(
+    "",
     "amsf",
     {"lr": 3e-3, "betas": [0.95, 0.99], "r": 2.0, "warmup_steps": 150, "blocks": "auto"},
 )
 
-# As many trials for AdamW as for AMSF.
+# As many trials for AdamW as for AMSF; each began from what earlier trials had favoured.
 _TRY_ADAMW = [
-    *(_ADAMW.but(f"AdamW, lr {lr:g}", COARSE, lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)),
-    _ADAMW.but("AdamW, beta2 0.99", COARSE, betas=[0.9, 0.99]),
-    _ADAMW.but("AdamW, betas 0.95, 0.99", COARSE, betas=[0.95, 0.99]),
-    _ADAMW.but("AdamW, warm-up 300", COARSE, warmup_steps=300),
-    _ADAMW.but("AdamW, no clipping", COARSE, clip=None),
+    *(
+        _BEGAN_ADAMW.but(f"AdamW, lr {lr:g}", COARSE, lr=lr)
+        for lr in (1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
+    ),
+    _BEGAN_ADAMW.but("AdamW, beta2 0.99", COARSE, betas=[0.9, 0.99]),
+    _BEGAN_ADAMW.but("AdamW, no clipping", COARSE, clip=None),
+    _BEGAN_ADAMW.but("AdamW, warm-up 300", COARSE, warmup_steps=300),
+    _BEGAN_ADAMW.but("AdamW, warm-up 300, lr 0.003", COARSE, warmup_steps=300, lr=3e-3),
 ]
 _TRY_AMSF = [
-    *(_AMSF.but(f"AMSF, lr {lr:g}", COARSE, lr=lr) for lr in (2e-3, 3e-3, 4e-3, 6e-3)),
-    _AMSF.but("AMSF, beta1 0.9", COARSE, betas=[0.9, 0.99]),
-    _AMSF.but("AMSF, warm-up 300", COARSE, warmup_steps=300),
-    _AMSF.but("AMSF, r 0", COARSE, r=0.0),
-    _AMSF.but("AMSF, r 5", COARSE, r=5.0),
-    _AMSF.but("AMSF, no clipping", COARSE, clip=None),
+    *(_BEGAN_AMSF.but(f"AMSF, lr {lr:g}", COARSE, lr=lr) for lr in (2e-3, 3e-3, 4e-3, 6e-3)),
+    _BEGAN_AMSF.but("AMSF, warm-up 300", COARSE, warmup_steps=300),
+    _BEGAN_AMSF.but("AMSF, beta1 0.9", COARSE, betas=[0.9, 0.99]),
+    _BEGAN_AMSF.but("AMSF, beta1 0.8", COARSE, betas=[0.8, 0.99]),
+    _BEGAN_AMSF.but("AMSF, beta1 0.9, lr 0.004", COARSE, betas=[0.9, 0.99], lr=4e-3),
+    _BEGAN_AMSF.but("AMSF, beta1 0.9, warm-up 300", COARSE, betas=[0.9, 0.99], warmup_steps=300),
 ]
+
+# What was chosen.
+_ADAMW = _BEGAN_ADAMW.but(REFERENCE, warmup_steps=300)
+_AMSF = _BEGAN_AMSF.but("AMSF", betas=[0.9, 0.99])
+
+
+def _rule(blocks: str) -> Setting:
+    return _AMSF.but(f"AMSF fp32, blocks {blocks}", blocks=blocks)
 
 
 def _low(name: str, weights: str, state: str) -> Setting:
     return _AMSF.but(name, weights="bf16", weight_storage=weights, state_storage=state)
 
 
+_FP32 = [_rule(blocks) for blocks in ("auto", "element", "factored", "row", "adam_mini", "tensor")]
+_LOW = [
+    _low("AMSF 5.06: bf16+16, int8", "bf16+16", "int8"),
+    _low("AMSF 5: bf16+8, bf16", "bf16+8", "bf16"),
+    _low("AMSF 4.06: bf16+8, int8", "bf16+8", "int8"),
+    _low("AMSF 3.06: stochastic, int8", "stochastic", "int8"),
+]
 COMPARED = [
     _ADAMW,
     Setting("Adam-mini + cosine", "adam_mini", _ADAMW.options),
@@ -44,25 +62,25 @@ COMPARED = [
         "adamw_schedule_free",
         {key: value for key, value in _AMSF.options.items() if key != "blocks"},
     ),
-    *(
-        _AMSF.but(f"AMSF fp32, blocks {blocks}", blocks=blocks)
-        for blocks in ("auto", "element", "factored", "row", "adam_mini", "tensor")
-    ),
-    _low("AMSF 5.06: bf16+16, int8", "bf16+16", "int8"),
-    _low("AMSF 5: bf16+8, bf16", "bf16+8", "bf16"),
-    _low("AMSF 4.06: bf16+8, int8", "bf16+8", "int8"),
-    _low("AMSF 3.06: stochastic, int8", "stochastic", "int8"),
+    *_FP32,
+    *_LOW,
     Setting("FlashAdamW + cosine", "flash_adamw", _ADAMW.options, weights="bf16"),
+]
+_AT_FIRST = [
+    setting.but(f"{setting.name}, beta1 0.95", betas=[0.95, 0.99])
+    for setting in [*_FP32[:4], *_LOW[2:]]
 ]
 
 SETS: dict[str, list[Setting]] = {
     "try-adamw": _TRY_ADAMW,
     "try-amsf": _TRY_AMSF,
+    "beta1-0.95": _AT_FIRST,
     "final": COMPARED,
 }
 WHY = {
-    "try-adamw": "AdamW under a cosine to zero, one seed.",
-    "try-amsf": "AMSF in fp32, one seed, as many trials.",
+    "try-adamw": "AdamW under a cosine to zero, seed 0.",
+    "try-amsf": "AMSF in fp32, seed 0, as many trials.",
+    "beta1-0.95": "Block rules and bytes where the search began, before beta1 0.9 was tried.",
 }
 IN_PICTURE = [
     REFERENCE,
