@@ -1,0 +1,1 @@
+"""Measurements: scripts to run by hand; what they wrote lies in results/."""
