@@ -20,12 +20,15 @@ from amsf_dist.kernels import Holding, Partition
 from amsf_dist.shards import copy_into, whole
 from amsf_dist.state import MOMENT, MOMENTS, STASH
 
-__all__ = ["completed", "load", "moment_keys"]
+__all__ = ["FIXED", "completed", "load", "moment_keys"]
 
 logger = logging.getLogger(__name__)
 
 # Fixed when a group is made: they decide what the state looks like; loading leaves them alone.
-_STRUCTURE = (
+FIXED = (
+    "params",
+    "param_names",
+    stamp.KEY,
     "averaging",
     "blocks",
     "head_dim",
@@ -293,8 +296,7 @@ def _options(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) ->
             f"parameter group {number} was saved with averaging={saved['averaging']!r}, this "
             f"optimizer has {group['averaging']!r}; build it with the saved one"
         )
-    fixed = ("params", "param_names", stamp.KEY, *_STRUCTURE)
-    changes = {key: value for key, value in saved.items() if key not in fixed}
+    changes = {key: value for key, value in saved.items() if key not in FIXED}
     known = Hyper.__dataclass_fields__
     Hyper.of({key: value for key, value in changes.items() if key in known})
     return {"train_mode": True, **changes}

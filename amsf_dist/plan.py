@@ -259,6 +259,11 @@ def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
 
 def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:
     group, param = seat.group, seat.param
+    if group["clip"] == "tensor" and len(seat.parts) > 1:
+        raise ValueError(
+            f"clip='tensor' goes by the norm of every parameter, and FSDP1 has joined "
+            f"{seat.parts[0].name!r} and others in one: use clip='block', or use_orig_params=True"
+        )
     rule, layout = RULES[group["averaging"]], locate(seat.parts, param, flats)
     storage = state_storage(group["state_storage"], param.dtype)
     weights = weight_storage(group["weight_storage"], param.dtype)

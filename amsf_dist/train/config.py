@@ -183,6 +183,11 @@ class Config(_Section):
                 "beside those in bf16; use precision=mixed"
             )
         self._check_release()
+        if self.parallel == "deepspeed" and self.clip == "tensor":
+            raise ValueError(
+                "clip=tensor goes by the norm of every parameter, and DeepSpeed joins them; "
+                "use clip=block or norm"
+            )
         for key in ("clip", "max_norm"):
             if key in self.amsf:
                 raise ValueError(

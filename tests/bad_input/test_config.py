@@ -47,6 +47,10 @@ MISTAKES = {
     "release of AdamW": ("release=true ; optimizer=adamw", "use release=false"),
     "a way to clip": ("clip=value", "clip must be norm, block or tensor"),
     "clipping told twice": ("amsf.clip=block", "say clip and max_grad_norm beside steps"),
+    "norms of what is joined": (
+        "clip=tensor ; parallel=deepspeed ; deepspeed=x.json",
+        "use clip=block or norm",
+    ),
     "norms whose bits differ": (
         "clip=tensor ; amsf.deterministic=true",
         "with deterministic=True use clip='block'",

@@ -45,6 +45,8 @@ def refusals(folder: str) -> dict[str, str]:
         "16 bits 1": message(config(stage=1, bf16=SIXTEEN_BITS, amsf=NATIVE)),
         "16 bits 3": message(config(stage=3, bf16=SIXTEEN_BITS, amsf=NATIVE)),
     }
+    found["norm"] = message(config(stage=2, amsf={"max_norm": 0.5}))
+    found["tensor"] = message(config(stage=3, amsf={"clip": "tensor"}))
     offload = config(stage=2, zero={"offload_optimizer": CPU})
     model = transformer()
     found["offload instance"] = message(offload, optimizer=AMSF(model, **OPTIONS))
@@ -64,6 +66,8 @@ def test_refusals_name_the_setting_and_the_cure(tmp_path: Any) -> None:
         "nvme": "offload_optimizer to nvme: .* offload to cpu",
         "16 bits 1": "masters of 16 bits .*weight_storage='auto'",
         "16 bits 3": "masters of 16 bits .*weight_storage='auto'",
+        "norm": 'leave max_norm out and set "gradient_clipping": 0.5',
+        "tensor": "use clip='block'",
         "offload instance": '"zero_force_ds_cpu_optimizer": false',
         "offload callable": '"zero_force_ds_cpu_optimizer": false',
         "trained": "a trained state.*load_state_dict",

@@ -239,7 +239,7 @@ def clipped(layout: str | None, options: dict[str, Any], release: bool, by_torch
             tensor_parallel=parallel,
         )
         norms.append(optimizer.grad_norm)
-    return {"y": weights(model), "v": moments(model, optimizer)}, norms
+    return {"y": weights(model, optimizer), "v": moments(model, optimizer)}, norms
 
 
 SHARDINGS = [(None, 1), ("fsdp2", 3), ("fsdp2 HSDP", 4), ("tensor parallel x fsdp2", 4)]
@@ -261,8 +261,11 @@ def test_clipping_without_the_whole_is_the_same_everywhere(clip: str) -> None:
     alone, _ = run_ranks(1, clipped, None, {"clip": clip}, False, False)[0]
     unclipped, _ = run_ranks(1, clipped, None, {}, False, False)[0]
     assert relative_error(unclipped["y"], alone["y"])[0] > 1e-4
-    for layout, world_size in (*SHARDINGS, ("fsdp2 Shard(1)", 2)):
-        found, _ = run_ranks(world_size, clipped, layout, {"clip": clip}, True, False)[0]
+    flat = [("fsdp1 FULL_SHARD original", 2), ("ddp", 2)]
+    flat += [("fsdp1 FULL_SHARD flat", 3)] * (clip == "block")
+    for layout, world_size in (*SHARDINGS, ("fsdp2 Shard(1)", 2), *flat):
+        release = (layout, world_size) not in flat
+        found, _ = run_ranks(world_size, clipped, layout, {"clip": clip}, release, False)[0]
         for what in ("y", "v"):
             error, name = relative_error(found[what], alone[what], NOISE)
             assert error <= 1e-5, f"{layout}: {what} of {name} differs by {error:.1e}"

@@ -22,7 +22,7 @@ TOLERANCE = {"y": 1e-5, "x": 1e-5, "v": 1e-6}
 NOISE = "k_proj.bias"  # no true gradient, see tests/equal/test_sharding.py
 RULES: list[dict[str, Any]] = [
     {"blocks": "auto"},
-    {"blocks": "tensor"},  # blocks over more than two ranks
+    {"blocks": "tensor", "clip": "block"},  # blocks over more than two ranks
     {"blocks": "adam_mini", "averaging": "ema"},
     {"blocks": "factored"},
 ]

@@ -76,7 +76,7 @@ def test_a_baseline_takes_the_ordinary_step(tmp_path: Path) -> None:
         (["clip=block"], {"clip": "block"}),
         (["amsf.deterministic=true"], {}),  # the job clips
         (["parallel=deepspeed", "deepspeed=x.json"], {}),  # DeepSpeed clips
-        (["parallel=deepspeed", "deepspeed=x.json", "clip=tensor"], {"clip": "tensor"}),
+        (["parallel=deepspeed", "deepspeed=x.json", "clip=block"], {"clip": "block"}),
     ],
 )
 def test_who_clips(words: list[str], wanted: dict[str, object], tmp_path: Path) -> None:

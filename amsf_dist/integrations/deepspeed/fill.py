@@ -12,26 +12,13 @@ from amsf_dist.integrations.deepspeed.pieces import describe
 from amsf_dist.integrations.deepspeed.saved import Saved
 from amsf_dist.integrations.deepspeed.weights import copy_weights
 from amsf_dist.kernels import Holding
+from amsf_dist.loading import FIXED
 from amsf_dist.optimizer import AMSF
 from amsf_dist.portable import scale_key, take_line_
 from amsf_dist.shards import Flats
 from amsf_dist.storage.grouped import SCALE_DTYPE
 
 __all__ = ["fill"]
-
-# They decide what the state looks like: the optimizer keeps its own.
-_FIXED = (
-    "params",
-    "param_names",
-    "averaging",
-    "blocks",
-    "head_dim",
-    "weight_storage",
-    "state_storage",
-    "seed",
-    "deterministic",
-    "first_weights",
-)
 
 
 @torch.no_grad()
@@ -66,7 +53,7 @@ def fill(optimizer: AMSF, flats: Flats, saved: Saved, with_state: bool = True) -
             if holding.group is group
         ]
         options = saved.groups[saved.group_of[names[0]]]
-        changes = {key: value for key, value in options.items() if key not in _FIXED}
+        changes = {key: value for key, value in options.items() if key not in FIXED}
         known = Hyper.__dataclass_fields__
         Hyper.of({key: value for key, value in changes.items() if key in known})
         group.update(changes)

@@ -55,6 +55,7 @@ def _wrap_engine(module: ModuleType) -> None:
             configure(self, client_optimizer, model_parameters)
         if isinstance(self.basic_optimizer, AMSF):
             refusals.refuse_masters(self.optimizer, self.basic_optimizer.param_groups)
+            refusals.refuse_clipping(self.basic_optimizer.param_groups)
             refusals.warn_of_clipping(self._config)
             Engine.bind(self)
 

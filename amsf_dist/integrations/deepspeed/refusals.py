@@ -10,6 +10,7 @@ import torch
 
 __all__ = [
     "refuse_client",
+    "refuse_clipping",
     "refuse_masters",
     "refuse_replacement",
     "refuse_settings",
@@ -106,6 +107,26 @@ def refuse_masters(wrapper: Any, groups: Iterable[Mapping[str, Any]]) -> None:
                 "weight_storage='native' loses small updates in masters of 16 bits "
                 "(bf16_master_weights_and_grads, fp16_master_weights_and_grads): use "
                 "weight_storage='auto', or leave that out"
+            )
+
+
+def refuse_clipping(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Norms are of what the optimizer is shown: here parameters joined, some of them at a time.
+
+    Raises:
+        RuntimeError: a group clips by norms.
+    """
+    for group in groups:
+        if group["clip"] == "norm":
+            raise RuntimeError(
+                f"max_norm={group['max_norm']}: under DeepSpeed its own clipping knows the norm of "
+                f'all gradients: leave max_norm out and set "gradient_clipping": '
+                f"{group['max_norm']}"
+            )
+        if group["clip"] == "tensor":
+            raise RuntimeError(
+                "clip='tensor' goes by the norm of every parameter, and DeepSpeed joins them: use "
+                "clip='block'"
             )
 
 
