@@ -102,6 +102,9 @@ def memory(
     deepspeed: Annotated[
         str | None, typer.Option(help="DeepSpeed JSON with the sizes of ZeRO's buffers.")
     ] = None,
+    release: Annotated[
+        bool, typer.Option("--release", help="Gradient release (single, fsdp2).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the bytes that each process will hold, by owner: AdamW and others beside AMSF.
@@ -111,7 +114,7 @@ def memory(
     from amsf_dist.train.estimate import estimate, is_job
     from amsf_dist.train.preflight import local_processes, quiet_libraries
 
-    asked = engine or gpus or replicas > 1 or dtype or deepspeed or as_json
+    asked = engine or gpus or replicas > 1 or dtype or deepspeed or release or as_json
     if is_job(model) and not asked:
         loaded = load_config(model, overrides or [])
         from amsf_dist.train.memory import memory_table
@@ -121,7 +124,7 @@ def memory(
         typer.echo(memory_table(loaded, number))
         return
     quiet_libraries()
-    found = estimate(model, overrides or [], engine, gpus, replicas, dtype, deepspeed)
+    found = estimate(model, overrides or [], engine, gpus, replicas, dtype, deepspeed, release)
     typer.echo(found.as_json() if as_json else str(found))
 
 
@@ -162,6 +165,9 @@ def doctor(
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes to start here.")] = 2,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one collective.")] = 60.0,
+    release: Annotated[
+        bool, typer.Option("--release", help="Gradient release (single, fsdp2).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a tiny model as CONFIG says, and compare with a plain fp64 reference."""

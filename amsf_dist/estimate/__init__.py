@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from amsf_dist.estimate.buffers import Buffers
 from amsf_dist.estimate.ledger import OWNERS
-from amsf_dist.estimate.predict import ENGINES, Cluster, Row, predict, rows_for
+from amsf_dist.estimate.predict import ENGINES, RELEASING, Cluster, Row, predict, rows_for
 from amsf_dist.estimate.recipe import Recipe, amsf_recipe, recipes
 from amsf_dist.estimate.structure import Structure, read_structure
 
 __all__ = [
     "ENGINES",
     "OWNERS",
+    "RELEASING",
     "Buffers",
     "Cluster",
     "Recipe",

@@ -100,6 +100,7 @@ class _Step:
         low = recipe.compute.itemsize < REDUCE.itemsize
         self._reduce = REDUCE.itemsize if low else self._stored
         self._casts = self._compute != self._stored
+        self._release = recipe.release
         self._sent = 0  # input of the last reduce-scatter, kept until the next one
         self._summed = 0  # what was all-reduced over replicas, kept until backward is over
 
@@ -170,6 +171,8 @@ class _Step:
         if self._reduce == self._stored:  # the output is the gradient: moved, not allocated
             self._free("reduced", output)
         self._take("gradients", unit.local * self._stored)
+        if self._release:
+            self._free("gradients", unit.local * self._stored)
         if self._reduce != self._stored and self._replicated:
             self._summed += output
         elif self._reduce != self._stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from amsf_dist.estimate.structure import Structure
 from amsf_dist.estimate.zero import zero
 from amsf_dist.estimate.zero3 import zero3
 
-__all__ = ["ENGINES", "Cluster", "Row", "predict", "rows_for"]
+__all__ = ["ENGINES", "RELEASING", "Cluster", "Row", "predict", "rows_for"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ ENGINES: dict[str, _Engine] = {
     ),
 }
 
+RELEASING = ("single", "fsdp2")
+"""Engines under which gradients can be released."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -108,16 +111,25 @@ def predict(structure: Structure, recipe: Recipe, engine: str, cluster: Cluster)
         cluster: the processes.
 
     Raises:
-        ValueError: the engine is not known, or the number of processes makes no sense for it.
+        ValueError: the engine is not known or releases no gradients, or the number of processes
+            makes no sense for it.
     """
     cluster.check(engine)
+    if recipe.release and engine not in RELEASING:
+        raise ValueError(f"gradient release works under {' and '.join(RELEASING)}; got {engine!r}")
     ledger = ENGINES[engine](structure, recipe, cluster)
     shards = 1 if engine in ("single", "ddp") else cluster.gpus // cluster.replicas
     owners, gathered = ledger.at_the_fullest(), ledger.most["gathered"]
     return Row(recipe.name, owners, gathered, structure.numel / shards)
 
 
-def rows_for(structure: Structure, engine: str, cluster: Cluster, dtype: torch.dtype) -> list[Row]:
+def rows_for(
+    structure: Structure,
+    engine: str,
+    cluster: Cluster,
+    dtype: torch.dtype,
+    release: bool = False,
+) -> list[Row]:
     """The table: AdamW, Adam-mini, FlashAdamW and AMSF's settings, where the engine has them.
 
     Args:
@@ -125,6 +137,7 @@ def rows_for(structure: Structure, engine: str, cluster: Cluster, dtype: torch.d
         engine: one of `ENGINES`.
         cluster: the processes.
         dtype: bf16 or fp32, see `recipes`.
+        release: gradient release for the optimizers that have it: FlashAdamW and AMSF.
 
     Raises:
         ValueError: as `predict`.
@@ -132,4 +145,9 @@ def rows_for(structure: Structure, engine: str, cluster: Cluster, dtype: torch.d
     found = recipes(engine.startswith("zero"), dtype)
     if engine == "fsdp1":  # which FlashOptim does not support
         found = [recipe for recipe in found if recipe.name != "FlashAdamW"]
+    if release:
+        found = [
+            replace(recipe, release=recipe.name.startswith(("FlashAdamW", "AMSF")))
+            for recipe in found
+        ]
     return [predict(structure, recipe, engine, cluster) for recipe in found]

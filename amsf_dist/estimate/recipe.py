@@ -35,6 +35,7 @@ class Recipe:
         compute: dtype of the weights in the forward pass, where the engine can make it another one.
         lines: what lies beside a weight, by owner.
         blocks: for optimizers with a moment per block: how `AMSF` is told to cut.
+        release: weights move inside backward, and the gradients of a unit are freed.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Recipe:
     compute: torch.dtype
     lines: Mapping[str, Bytes]
     blocks: Mapping[str, Any] | None = None
+    release: bool = False
 
 
 def recipes(engine_has_masters: bool, dtype: torch.dtype) -> list[Recipe]:

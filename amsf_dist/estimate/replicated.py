@@ -31,7 +31,19 @@ def replicated(structure: Structure, recipe: Recipe, buckets: bool) -> Ledger:
     ledger = Ledger({"weights": whole, **lines, "reduced": whole if buckets else 0})
     # at the very end an embedding's gradient lies beside that of the head it is tied to
     tied = sum(weight.numel for weight in structure.weights if weight.looked_up and weight.uses > 1)
+    if recipe.release:
+        _released(structure, ledger, tied, recipe.stored.itemsize)
+        return ledger
     part = ledger.take("gradients", tied * recipe.stored.itemsize)
     ledger.take("gradients", whole)
     ledger.give("gradients", part)
     return ledger
+
+
+def _released(structure: Structure, ledger: Ledger, tied: int, size: int) -> None:
+    """One module's gradients after another; that of a tied weight begins with its last use."""
+    first = ledger.take("gradients", tied * size)
+    for call in structure.calls:
+        numel = sum(weight.numel for weight in call if not (weight.looked_up and weight.uses > 1))
+        ledger.give("gradients", ledger.take("gradients", numel * size))
+    ledger.give("gradients", first + ledger.take("gradients", tied * size))

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from amsf_dist.estimate import (
     ENGINES,
+    RELEASING,
     Buffers,
     Cluster,
     Row,
@@ -87,6 +88,7 @@ class Estimate:
         dtype: "bf16" or "fp32".
         parameters: of the model.
         rows: one per optimizer.
+        release: whether FlashAdamW and AMSF release gradients.
     """
 
     model: str
@@ -96,6 +98,7 @@ class Estimate:
     dtype: str
     parameters: int
     rows: tuple[Row, ...]
+    release: bool = False
 
     def as_json(self) -> str:
         """One object: bytes by owner and row."""
@@ -131,6 +134,8 @@ class Estimate:
             notes.append("bf16 weights; the optimizer moves fp32 masters")
         elif self.dtype == "bf16":
             notes.append("AdamW, Adam-mini and AMSF fp32: fp32 weights and bf16 arithmetic")
+        if self.release:
+            notes.append("FlashAdamW and AMSF with gradient release (docs/release.md)")
         notes.append("B/param: total by the parameters that a GPU updates")
         return notes
 
@@ -143,6 +148,7 @@ def estimate(
     replicas: int = 1,
     dtype: str | None = None,
     deepspeed: str | None = None,
+    release: bool = False,
 ) -> Estimate:
     """Work out the table.
 
@@ -154,6 +160,7 @@ def estimate(
         replicas: of all shards together (HSDP).
         dtype: "bf16" or "fp32"; None: bf16.
         deepspeed: DeepSpeed's JSON file, for the sizes of its buffers; None: its defaults.
+        release: gradient release, see `rows_for`.
 
     Raises:
         UserError: an option is wrong, there is no such model, or it cannot be read.
@@ -164,14 +171,16 @@ def estimate(
         raise UserError(f"--dtype must be {' or '.join(_DTYPES)}, got {dtype}")
     if engine not in ENGINES:
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}; got {engine}")
+    if release and engine not in RELEASING:
+        raise UserError(f"--release works with --engine {' or '.join(RELEASING)}, not {engine}")
     buffers = Buffers() if deepspeed is None else _buffers(deepspeed, engine)
     cluster = Cluster(gpus, replicas, buffers)
     structure = structure_of(model, overrides, engine)
     try:
-        rows = rows_for(structure, engine, cluster, _DTYPES[dtype])
+        rows = rows_for(structure, engine, cluster, _DTYPES[dtype], release)
     except ValueError as error:
         raise UserError(f"{model}: {error}") from None
-    return Estimate(model, engine, gpus, replicas, dtype, structure.numel, tuple(rows))
+    return Estimate(model, engine, gpus, replicas, dtype, structure.numel, tuple(rows), release)
 
 
 def _buffers(file: str, engine: str) -> Buffers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 
-from amsf_dist import AMSF
+from amsf_dist import AMSF, enable_gradient_release
 from amsf_dist.estimate import (
     Cluster,
     Recipe,
@@ -82,12 +82,14 @@ class Run:
     amsf: dict[str, Any] | None = field(default_factory=dict)  # None: AdamW
     zero: dict[str, Any] = field(default_factory=dict)
     replicas: int = 1
+    release: bool = False
 
     @property
     def recipe(self) -> Recipe:
         if self.amsf is None:
             return next(row for row in recipes(True, self.compute) if row.name == "AdamW")
-        return amsf_recipe("AMSF", self.stored, self.compute, **self.amsf)
+        found = amsf_recipe("AMSF", self.stored, self.compute, **self.amsf)
+        return replace(found, release=self.release)
 
 
 BF16 = torch.bfloat16
@@ -99,6 +101,8 @@ RUNS = {
         Run("fsdp2", "llama", BF16, BF16, {**LOW, "state_storage": "bf16"}),
         Run("fsdp2", "gpt2", BF16, BF16, {"weight_storage": "stochastic", "state_storage": "int8"}),
         Run("fsdp2", "gpt2", BF16, BF16, LOW),
+        Run("fsdp2", "llama", BF16, BF16, {**LOW, "state_storage": "int8"}, release=True),
+        Run("fsdp2", "gpt2", compute=BF16, release=True),
         Run("fsdp1", "llama", amsf=None),
         Run("fsdp1", "llama", BF16, BF16, {**LOW, "state_storage": "bf16"}),
         Run("fsdp1", "gpt2", compute=BF16),
@@ -113,6 +117,7 @@ RUNS = {
         Run("single", "llama", compute=BF16, amsf={"averaging": "ema", "blocks": "adam_mini"}),
         Run("single", "gpt2", BF16, BF16, {**LOW, "state_storage": "bf16"}),
         Run("single", "gpt2", amsf=None),
+        Run("single", "llama", BF16, BF16, {**LOW, "state_storage": "int8"}, release=True),
     ],
     "deepspeed 1, 2": [
         Run("zero1", "llama", zero=BUCKETS),
@@ -185,9 +190,9 @@ def without_tiles() -> Iterator[None]:
     """
     update = AMSF.update
 
-    def unseen(self: AMSF, unit: Any) -> None:
+    def unseen(self: AMSF, unit: Any, last: bool = True) -> None:
         with _disable_current_modes():
-            update(self, unit)
+            update(self, unit, last)
 
     AMSF.update = unseen  # type: ignore[method-assign]
     try:
@@ -244,6 +249,8 @@ def start(run: Run) -> tuple[Any, Any, Any, Any]:
     optimizer = (
         torch.optim.AdamW(model.parameters(), fused=True) if adamw else AMSF(model, **run.amsf)
     )
+    if run.release:
+        enable_gradient_release(model, optimizer)
     return model, optimizer, context, torch.Tensor.backward
 
 
@@ -280,5 +287,7 @@ def test_the_prediction_is_what_a_run_allocates(kind: str, ranks: int) -> None:
         for owner, size in row.owners.items():
             if owner in lines and not (owner == "v" and "deepspeed" in kind):
                 assert size == pytest.approx(found[0][lines[owner]], rel=0.001), (run, owner)
-        if "deepspeed" not in kind:
+        if run.release:
+            assert found[0]["gradients"] == 0, run
+        elif "deepspeed" not in kind:
             assert row.owners["weights"] == found[0]["weights"] == found[0]["gradients"], run

@@ -213,3 +213,18 @@ def test_the_command_refuses_with_the_cure(
     assert "goes with --engine zero1" in refused(capsys, "gpt2", "--deepspeed", file)
     told = refused(capsys, "gpt2", "--engine", "zero3", "--deepspeed", file)
     assert "offload_param is not predicted" in told
+
+
+def test_release_keeps_the_gradients_of_one_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("llama-3.1-8b", "--engine", "fsdp2", "--gpus", 8, "--json")
+    released, ordinary = (
+        {row["name"]: row for row in json.loads(amsf(capsys, *words, *more))["rows"]}
+        for more in (("--release",), ())
+    )
+    assert released["AdamW"] == ordinary["AdamW"]
+    name = "AMSF bf16+8, int8 gap"
+    saved = ordinary[name]["total"] - released[name]["total"]
+    # at most 16 bits of the shard; less, for another moment is the fullest now: the head's reduction
+    assert 0.6 < saved / (2 * 8.03e9 / 8) < 1.0
+    assert "gradients" not in released[name]["owners"]
+    assert "released" not in refused(capsys, "gpt2", "--engine", "zero2", "--release")
