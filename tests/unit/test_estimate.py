@@ -224,7 +224,7 @@ def test_release_keeps_the_gradients_of_one_unit(capsys: pytest.CaptureFixture[s
     assert released["AdamW"] == ordinary["AdamW"]
     name = "AMSF bf16+8, int8 gap"
     saved = ordinary[name]["total"] - released[name]["total"]
-    # at most 16 bits of the shard; less, for another moment is the fullest now: the head's reduction
+    # at most 16 bits of the shard; another moment is the fullest now: the reduction of the head
     assert 0.6 < saved / (2 * 8.03e9 / 8) < 1.0
     assert "gradients" not in released[name]["owners"]
     assert "released" not in refused(capsys, "gpt2", "--engine", "zero2", "--release")
