@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from storages import LiveStorages, held
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -37,6 +36,7 @@ from amsf_dist.estimate import (
 )
 from amsf_dist.estimate.buffers import Buffers
 from amsf_dist.estimate.zero3 import zero3
+from benchmarks.live_storages import LiveStorages, held
 
 TOLERANCE = 0.03
 MODELS: dict[str, dict[str, Any]] = {
