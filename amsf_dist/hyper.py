@@ -39,7 +39,7 @@ class Hyper:
     """
 
     lr: float | torch.Tensor = 2.5e-3
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0
     averaging: str = "schedule_free"

@@ -76,7 +76,7 @@ class AMSF(Stepping):
         self,
         params: nn.Module | Iterable[Any],
         lr: float | Tensor = 2.5e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
