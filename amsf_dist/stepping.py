@@ -87,9 +87,8 @@ class Stepping(TwoModes):
         sums = unit.sums
         sums.clear()
         for lane in unit.lanes:  # measure what this rank can see
-            for holding in lane.holdings:
-                if holding.param.grad is not None:
-                    sums.measure(holding)
+            for kernel in lane.kernels:
+                sums.measure(kernel)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._clip(unit)
         for number, device in enumerate(list(finite)):
