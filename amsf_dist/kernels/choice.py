@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -96,8 +97,13 @@ def kernels_for(holdings: Sequence[Holding]) -> list[Kernel]:
         ValueError: the environment variable AMSF_KERNEL names no kernel.
     """
     chosen = os.environ.get(AMSF_KERNEL, "auto")
-    if chosen not in ("auto", "reference"):
-        raise ValueError(f"{AMSF_KERNEL} must be 'auto' or 'reference', got {chosen!r}")
+    if chosen not in ("auto", "reference", "triton"):
+        raise ValueError(f"{AMSF_KERNEL} must be 'auto', 'reference' or 'triton', got {chosen!r}")
+    on_gpu = bool(holdings) and holdings[0].exp_avg_sq.device.type == "cuda"
+    if chosen == "triton" or chosen == "auto" and on_gpu and find_spec("triton") is not None:
+        from amsf_dist.kernels.triton.stepper import split
+
+        return split(holdings)
     return [Reference(holdings)]
 
 
