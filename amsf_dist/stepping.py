@@ -95,7 +95,10 @@ class Stepping(TwoModes):
             verdict = finite[device]
             finite[device], first = self._progress.verdict(verdict, sums.everyone_knows)
             if not number:  # the same on every device
-                self._skipped = first + self._skipped
+                if isinstance(self._skipped, torch.Tensor):
+                    self._skipped += first  # in place, so that a CUDA graph counts too
+                else:
+                    self._skipped = first + self._skipped
         moves = [
             move
             for lane in unit.lanes

@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import assert_same_bits, everything, largest_difference
 from torch import Tensor, nn
+from waits import NoWaiting, a_device
 
 pytest.importorskip("triton")
 
@@ -236,8 +237,6 @@ def test_one_launch_steps_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_on_a_device_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launches themselves are left out: the interpreter reads its arguments."""
-    from test_no_sync import NoWaiting, a_device
-
     ran: list[int] = []
     for one in KERNELS:
         monkeypatch.setattr(one, "run", lambda *args, **kwargs: ran.append(1))
@@ -257,16 +256,16 @@ def test_draws_are_those_of_the_reference() -> None:
     import triton.language as tl
 
     @triton.jit
-    def draw(out, families, steps, place, NUMBERS: tl.constexpr):
+    def draw(out, given, steps, NUMBERS: tl.constexpr):
         offsets = tl.arange(0, NUMBERS)
-        key = noise.key_of(tl.load(families), tl.load(steps).to(tl.int64))
-        tl.store(out + offsets, noise.random_bits(key, place, offsets))
+        key = noise.key_of(tl.load(given), tl.load(steps).to(tl.int64))
+        tl.store(out + offsets, noise.random_bits(key, tl.load(given + 1), offsets))
 
     for seed, step, place in [(0, 1, 0), (7, 123456, 2**40 + 3), (2**63 + 5, 2**33, 2**31 - 8)]:
         stream = stream_of("model.layers.3.mlp.up_proj.weight", "gap")
-        families = torch.tensor([family_of(seed, stream)])
+        given = torch.tensor([family_of(seed, stream), place])
         out = torch.zeros(64, dtype=torch.int32)
-        draw[(1,)](out, families, torch.tensor([float(step)]).double(), place, NUMBERS=64)
+        draw[(1,)](out, given, torch.tensor([step], dtype=torch.float64), NUMBERS=64)
         expected = bits(torch.arange(place, place + 64), seed, step, stream)
         assert torch.equal(out, expected)
 
