@@ -154,7 +154,8 @@ class Unit:
             `seen`, this unit's added.
         """
         squares = torch.split(self.sums.squares, [len(lane.holdings) for lane in self.lanes])
-        total = seen.to(self.sums.squares)
+        # a number of the host's may meet the device's without a copy, which would wait
+        total = (self.sums.squares.new_zeros(()) + seen).to(self.sums.squares.dtype)
         for lane, own in zip(self.lanes, squares, strict=True):
             if lane.group["clip"] == "norm":
                 total = total + own.sum()
