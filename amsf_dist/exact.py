@@ -49,6 +49,11 @@ class ExactBlockSums(BlockSums):
                 bits = self._bits[number][first : first + piece.num_sums]
                 bits.fill_(_INTEGER_BITS - terms - max(_REPLICA_BITS, (most - 1).bit_length()))
 
+    @property
+    def nobody_waits(self) -> bool:
+        """Sums are not those of the kernels."""
+        return False
+
     def clear(self) -> None:
         """Set every sum to zero."""
         super().clear()

@@ -94,9 +94,14 @@ class BlockSums:
             for axis in partition.layout.spread
         )
 
+    @property
+    def nobody_waits(self) -> bool:
+        """Whether every block decides for itself, and no rank has sums that another one needs."""
+        return not self.everyone_knows and not self.num_collectives
+
     def measure(self, kernel: Kernel) -> None:
         """Add what this rank sees of a kernel's gradients to the sums."""
-        kernel.measure()
+        kernel.measure(self.nobody_waits)
 
     def clear(self) -> None:
         """Set every sum to zero."""

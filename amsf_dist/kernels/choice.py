@@ -42,8 +42,13 @@ class Kernel(Protocol):
 
     holdings: Sequence[Holding]
 
-    def measure(self) -> None:
-        """Add grad**2 of every block this rank sees to the block sums, which are zero."""
+    def measure(self, later: bool = False) -> None:
+        """Add grad**2 of every block this rank sees to the block sums, which are zero.
+
+        Args:
+            later: blocks decide for themselves and nobody waits for their sums: they may be
+                written with the weights.
+        """
         ...
 
     def moves(
@@ -67,7 +72,7 @@ class Reference:
         """Step these."""
         self.holdings = holdings
 
-    def measure(self) -> None:
+    def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
         for holding in self.holdings:
             if holding.param.grad is not None:

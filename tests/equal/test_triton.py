@@ -21,8 +21,9 @@ pytest.importorskip("triton")
 
 from amsf_dist import AMSF
 from amsf_dist.kernels import choice
-from amsf_dist.kernels.triton import measure, move, noise, stepper
+from amsf_dist.kernels.triton import measure, move, noise, stepper, tables
 from amsf_dist.kernels.triton.tables import Programs
+from amsf_dist.reduce import BlockSums
 from amsf_dist.storage.noise import bits, family_of, stream_of
 
 pytestmark = [
@@ -35,6 +36,7 @@ pytestmark = [
 SHAPES = ((10, 6), (7,), (3, 130), (2, 4, 40), (1,), (5, 320))
 WEIGHTS = ("native", "bf16+8", "bf16+16", "kahan", "stochastic")
 KERNELS = (measure.measure, measure.add_parts, measure.advance_moments, move.move)
+KERNELS += (move.measure_and_move,)
 
 
 @pytest.fixture(autouse=True)
@@ -184,29 +186,49 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert skipped == 2
 
 
-@pytest.mark.parametrize("blocks", ["element", "row"])
-@pytest.mark.parametrize("state", ["fp32", "int8"])
-def test_blocks_that_decide_for_themselves(
-    blocks: str, state: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def let_blocks_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under sharding that cuts no block; asked for here on one process."""
-    from amsf_dist.reduce import BlockSums
-
     plain = BlockSums.__init__
 
     def unshared(self: BlockSums, *args: Any) -> None:
         plain(self, *args)
         self.everyone_knows = False
 
-    def spoil(model: nn.Module, step: int) -> None:
-        if step != 1:
-            for param in model.parameters():
-                param.grad.view(-1)[:: 7 + step][:5] = float("nan")
-
     monkeypatch.setattr(BlockSums, "__init__", unshared)
-    options = {"blocks": blocks, "spoil": spoil, "steps": 3, "state_storage": state}
+
+
+def spoil_some_blocks(model: nn.Module, step: int) -> None:
+    if step != 1:
+        for param in model.parameters():
+            param.grad.view(-1)[:: 7 + step][:5] = float("nan")
+
+
+@pytest.mark.parametrize("blocks", ["element", "row"])
+@pytest.mark.parametrize("state", ["fp32", "int8"])
+def test_blocks_that_decide_for_themselves(
+    blocks: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_blocks_decide(monkeypatch)
+    monkeypatch.setattr(tables, "_fits", lambda *args: False)
+    options = {"blocks": blocks, "spoil": spoil_some_blocks, "steps": 3, "state_storage": state}
     _, skipped = assert_equal(monkeypatch, torch.bfloat16, **options)
     assert skipped == 2
+
+
+@pytest.mark.parametrize("averaging", ["schedule_free", "ema"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("clip", [None, "block"])
+def test_blocks_are_measured_and_moved_in_one_launch(
+    averaging: str, state: str, clip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_blocks_decide(monkeypatch)
+    launches = count_launches(monkeypatch)
+    options = {"averaging": averaging, "state_storage": state, "clip": clip}
+    options.update(shapes=[(6, 64), (9, 192), (2, 3, 64)], blocks="row", decay="matrices")
+    options.update(spoil=spoil_some_blocks, steps=3)
+    _, skipped = assert_equal(monkeypatch, torch.bfloat16, **options)
+    assert skipped == 2
+    assert launches == ["measure_and_move"] * 3
 
 
 def test_parameters_without_a_gradient_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +240,8 @@ def test_parameters_without_a_gradient_stand_still(monkeypatch: pytest.MonkeyPat
     assert_equal(monkeypatch, torch.bfloat16, averaging="ema", **options)
 
 
-def test_one_launch_steps_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their number: one launch per kernel, and one more of `move` for element blocks."""
-    little = Programs(groups=4, tiles=2, columns=64, longest=300, item=256, blocks=8)
-    monkeypatch.setattr(stepper.TritonKernel, "programs", little)
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the kernels' names as they are launched."""
     launches: list[str] = []
     for one in KERNELS:
         run = one.run
@@ -231,6 +251,14 @@ def test_one_launch_steps_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
             return run(*args, **kwargs)
 
         monkeypatch.setattr(one, "run", counted)
+    return launches
+
+
+def test_one_launch_steps_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their number: one launch per kernel, and one more of `move` for element blocks."""
+    little = Programs(groups=4, tiles=2, columns=64, longest=300, item=256, blocks=8)
+    monkeypatch.setattr(stepper.TritonKernel, "programs", little)
+    launches = count_launches(monkeypatch)
     trained("triton", monkeypatch, torch.float32, steps=1, shapes=[(2, 64)] * 9 + [(16,)] * 9)
     assert sorted(launches) == ["advance_moments", "measure", "move", "move"]
 

@@ -57,6 +57,9 @@ for weight, form in (("plain", "fp32"), ("split8", "bf16"), ("split16", "bf16"),
 options = {**same, "RULE": "ema", "DECAY_ALL": False, "CLIP_BLOCKS": True, "BY_BLOCK": True}
 compiled(move.move, STORAGE="split8", FORMAT="bf16", LINE="int8", ELEMENT=False,
          GRADIENT="bf16", ALIGNED=False, **options, **shape)
+fused = {name: same[name] for name in ("RULE", "DECAY_ALL", "CLIP_BLOCKS")}
+compiled(move.measure_and_move, STORAGE="split8", FORMAT="bf16", LINE="int8", GRADIENT="bf16",
+         ALIGNED=True, **fused, **shape)
 for rows in (1, 8):
     compiled(measure.measure, GRADIENT="bf16", ROWS=rows, COLUMNS=2048 // rows, ALIGNED=True)
 compiled(measure.add_parts, NUMBERS=2048)

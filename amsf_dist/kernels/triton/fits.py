@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from amsf_dist.kernels.holding import Holding
+from amsf_dist.kernels.triton.arithmetic import SCALARS
 from amsf_dist.shards import Piece
 from amsf_dist.shards.runs import Run, contiguous_runs
 from amsf_dist.storage import Int8, Plain, Storage
@@ -17,7 +18,7 @@ from amsf_dist.storage.kahan import Kahan
 from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic
 
-__all__ = ["FORMATS", "Stretch", "line_name", "stretches", "weight_name"]
+__all__ = ["FORMATS", "Stretch", "storages", "stretches"]
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """What memory.py calls a dtype."""
@@ -44,7 +45,7 @@ class Stretch(NamedTuple):
     group: int
 
 
-def weight_name(storage: Storage) -> str | None:
+def _weight_name(storage: Storage) -> str | None:
     """What memory.py calls a storage of weights; None: nothing."""
     if isinstance(storage, Split):
         return f"split{storage.bits}"
@@ -55,13 +56,27 @@ def weight_name(storage: Storage) -> str | None:
     return None
 
 
-def line_name(storage: Storage) -> str | None:
+def _line_name(storage: Storage) -> str | None:
     """What memory.py calls a storage of lines; None: nothing."""
     if isinstance(storage, Int8):
         return "int8"
     if isinstance(storage, Stochastic) and storage.dtype == torch.bfloat16:
         return "bf16"
     return "fp32" if type(storage) is Plain and storage.dtype == torch.float32 else None
+
+
+def storages(holding: Holding) -> tuple[str, str] | None:
+    """Of weights (with the format) and of the line, if memory.py knows them."""
+    known = holding.rule.name in SCALARS and len(holding.lines) == 1
+    if not known or holding.exp_avg_sq.dtype != torch.float32:
+        return None
+    weight, line = _weight_name(holding.weight_storage), _line_name(holding.lines[0].storage)
+    if weight is None or line is None or holding.param.dtype not in FORMATS:
+        return None
+    state = [*holding.errors, *holding.lines[0].by_number]
+    if not all(tensor.is_contiguous() for tensor in [*state, holding.memory(holding.param)]):
+        return None
+    return f"{weight} {FORMATS[holding.param.dtype]}", line
 
 
 def stretches(holding: Holding) -> list[list[Stretch]] | None:
@@ -71,7 +86,7 @@ def stretches(holding: Holding) -> list[list[Stretch]] | None:
     at random or groups meet a box of a matrix (`Shard(1)`), where a group lies here in part, and
     where a matrix is measured by rows and columns.
     """
-    weight, line = weight_name(holding.weight_storage), line_name(holding.lines[0].storage)
+    weight, line = _weight_name(holding.weight_storage), _line_name(holding.lines[0].storage)
     flat = holding.memory(holding.param).dim() == 1
     found: list[list[Stretch]] = []
     groups = 0

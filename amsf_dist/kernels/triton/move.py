@@ -19,7 +19,7 @@ from amsf_dist.kernels.triton.memory import (
 )
 from amsf_dist.kernels.triton.noise import key_of
 
-__all__ = ["MOVE_FIELDS", "move"]
+__all__ = ["MOVE_FIELDS", "measure_and_move", "move"]
 
 MOVE_FIELDS = 8
 """piece; first number; numbers; place of the first in the parameter's line; its block (in `scales`,
@@ -165,3 +165,73 @@ def move(
         block, scale, start, place, group, offsets, groups, mask,
         RULE, ELEMENT, STORAGE, FORMAT, LINE, GRADIENT, DECAY_ALL, CLIP_BLOCKS, BY_BLOCK, ALIGNED,
     )  # fmt: skip
+
+
+@triton.jit
+def measure_and_move(
+    items, pieces, addresses, coefficients, factors, steps,
+    RULE: tl.constexpr, STORAGE: tl.constexpr, FORMAT: tl.constexpr, LINE: tl.constexpr,
+    GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr, CLIP_BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Measure a block and move it, if its gradient is finite; a program for every block.
+
+    A block's gradient is read from memory once: the second time it is still in a cache.
+
+    Args:
+        items: [items, MOVE_FIELDS] int64, of at most TILES whole blocks each; lines in groups have
+            whole groups in every block.
+        pieces: see `move`; as are all other arguments.
+        addresses: see `move`.
+        coefficients: see `move`.
+        factors: see `move`; all are 1.
+        steps: see `move`.
+        RULE: see `move`.
+        STORAGE: see `move`.
+        FORMAT: see `move`.
+        LINE: see `move`.
+        GRADIENT: see `move`.
+        DECAY_ALL: see `move`.
+        CLIP_BLOCKS: see `move`.
+        ALIGNED: see `move`.
+        TILES: at most, per item.
+        GROUPS: of 64 numbers, that are read at once.
+    """
+    item = items + (tl.program_id(0) // TILES) * _MOVE
+    number = tl.program_id(0) % TILES
+    block_numel = tl.load(item + 5).to(tl.int32)
+    skipped = number * block_numel
+    if skipped >= tl.load(item + 2).to(tl.int32):
+        return
+    piece = pieces + tl.load(item) * _PIECE
+    address = addresses + tl.load(item) * _ADDRESS
+    start, place = tl.load(item + 1) + skipped, tl.load(item + 3) + skipped
+    group = tl.load(item + 7) + skipped // 64
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+        block_numel = tl.multiple_of(block_numel, 16)
+    groups = tl.arange(0, GROUPS)[:, None]
+    offsets = groups * 64 + tl.arange(0, 64)[None, :]
+
+    total = tl.zeros([GROUPS, 64], tl.float32)
+    gradients = tl.load(address + 1)
+    for begin in range(0, block_numel, GROUPS * 64):
+        mask = offsets < block_numel - begin
+        g = load_number(gradients, start + begin + offsets, mask, GRADIENT, ALIGNED)
+        total += g * g
+    square = tl.sum(tl.sum(total, axis=1), axis=0)
+    tl.store(tl.load(item + 6).to(tl.pointer_type(tl.float32)) + number, square)
+    mean_sq = tl.math.div_rn(square, block_numel.to(tl.float32))
+    if is_finite(mean_sq):
+        moment = tl.load(piece + 3).to(tl.pointer_type(tl.float32)) + tl.load(item + 4) + number
+        c = coefficients + tl.load(piece + 5) * _FIELDS
+        after, scale = second_moment(tl.load(moment), mean_sq, c, CLIP_BLOCKS)
+        tl.store(moment, after)
+        for begin in range(0, block_numel, GROUPS * 64):
+            _tile(
+                piece, address, coefficients, factors, steps, 0, scale,
+                start + begin, place + begin, group + begin // 64,
+                offsets, groups, offsets < block_numel - begin,
+                RULE, False, STORAGE, FORMAT, LINE, GRADIENT, DECAY_ALL, CLIP_BLOCKS, False,
+                ALIGNED,
+            )  # fmt: skip

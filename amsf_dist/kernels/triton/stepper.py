@@ -1,9 +1,8 @@
-"""The launches of a step: a few for all tensors of a lane, however many they are."""
+"""The Triton kernels as a kernel of a lane: tables, addresses and coefficients of its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +10,13 @@ from torch import Tensor
 
 from amsf_dist.kernels.choice import Kernel, Moves, Reference
 from amsf_dist.kernels.holding import Holding
-from amsf_dist.kernels.triton import measure as measuring
-from amsf_dist.kernels.triton import move as moving
 from amsf_dist.kernels.triton.arithmetic import FIELDS, SCALARS
-from amsf_dist.kernels.triton.fits import FORMATS, Stretch, line_name, stretches, weight_name
+from amsf_dist.kernels.triton.fits import FORMATS, Stretch, storages, stretches
+from amsf_dist.kernels.triton.launch import Launch, Scalars, TritonMoves
 from amsf_dist.kernels.triton.tables import Programs, Tables, build
 from amsf_dist.rules.protocol import Coefficients
 
 __all__ = ["TritonKernel", "split"]
-
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
-"""Every product is rounded, as in torch: a fused one would differ in the last place."""
 
 _KEPT = 8
 """Tables: for so many sets of parameters that got a gradient."""
@@ -32,45 +27,14 @@ def split(holdings: Sequence[Holding]) -> list[Kernel]:
     alike: dict[tuple[str, str], list[tuple[Holding, list[list[Stretch]]]]] = {}
     others: list[Holding] = []
     for holding in holdings:
-        storages = _storages(holding)
-        found = stretches(holding) if storages is not None else None
-        if storages is None or found is None:
+        names = storages(holding)
+        found = stretches(holding) if names is not None else None
+        if names is None or found is None:
             others.append(holding)
         else:
-            alike.setdefault(storages, []).append((holding, found))
+            alike.setdefault(names, []).append((holding, found))
     kernels: list[Kernel] = [TritonKernel(list(those)) for those in alike.values()]
     return kernels + ([Reference(others)] if others else [])
-
-
-def _storages(holding: Holding) -> tuple[str, str] | None:
-    """Of weights (with the format) and of the line, if memory.py knows them."""
-    known = holding.rule.name in SCALARS and len(holding.lines) == 1
-    if not known or holding.exp_avg_sq.dtype != torch.float32:
-        return None
-    weight, line = weight_name(holding.weight_storage), line_name(holding.lines[0].storage)
-    if weight is None or line is None or holding.param.dtype not in FORMATS:
-        return None
-    state = [*holding.errors, *holding.lines[0].by_number]
-    if not all(tensor.is_contiguous() for tensor in [*state, holding.memory(holding.param)]):
-        return None
-    return f"{weight} {FORMATS[holding.param.dtype]}", line
-
-
-@dataclass
-class _Class:
-    """What steps in the same launches: tensors whose gradients have one format.
-
-    Attributes:
-        holdings: that have a gradient.
-        gradient: its format.
-        tables: of them.
-        addresses: [pieces, ADDRESS_FIELDS] of their weights and gradients in this step.
-    """
-
-    holdings: list[Holding]
-    gradient: str
-    tables: Tables
-    addresses: Tensor
 
 
 class TritonKernel:
@@ -92,29 +56,33 @@ class TritonKernel:
         self._device = self.holdings[0].exp_avg_sq.device
         self._yes = torch.ones((), dtype=torch.bool, device=self._device)
         self._ones: Tensor | None = None
+        self._fuses = False
 
-    def measure(self) -> None:
+    def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
-        classes, others = self._classes()
-        with _on(self._device):
-            for one in classes:
-                self._measure(one)
+        self._fuses = later
+        launches, others = self._launches()
+        for launch in launches:
+            launch.measure()
         Reference(others).measure()
 
     def moves(
         self, c: Coefficients, draws: Tensor, finite: Tensor | None, by_block: bool
     ) -> Sequence[Moves]:
         """See `Kernel`."""
-        classes, others = self._classes()
-        table = self._coefficients(c, len(draws))
-        factors = self._factors(len(draws))
-        moves: list[Moves] = []
-        for one in classes:
-            verdict = self._yes if finite is None else finite
-            moves.append(_TritonMoves(self, one, table, factors, draws, verdict, by_block, c))
+        launches, others = self._launches()
+        scalars = Scalars(
+            self._coefficients(c, len(draws)),
+            self._factors(len(draws)),
+            draws,
+            self._yes if finite is None else finite,
+            by_block,
+            c.clip_blocks,
+        )
+        moves: list[Moves] = [TritonMoves(launch, scalars) for launch in launches]
         return [*moves, *Reference(others).moves(c, draws, finite, by_block)]
 
-    def _classes(self) -> tuple[list[_Class], list[Holding]]:
+    def _launches(self) -> tuple[list[Launch], list[Holding]]:
         """The tensors that have a gradient, and those of them whose memory is not as it should be.
 
         Nothing here waits for the device: addresses are known on the host.
@@ -132,17 +100,17 @@ class TritonKernel:
             else:
                 place = weight.data_ptr(), gradient.data_ptr()
                 alike.setdefault(name, []).append((holding, *place))
-        classes = []
+        launches = []
         for name, those in alike.items():
             holdings = [holding for holding, _, _ in those]
             aligned = tuple(not (weight | gradient) % 16 for _, weight, gradient in those)
             seeds = tuple(dict.fromkeys(holding.group["seed"] for holding in holdings))
-            key = (tuple(map(id, holdings)), aligned, seeds)
+            key = (tuple(map(id, holdings)), aligned, seeds, self._fuses)
             if key not in self._tables:
                 if len(self._tables) >= _KEPT:
                     self._tables.pop(next(iter(self._tables)))
                 found = [self._stretches[id(holding)] for holding in holdings]
-                self._tables[key] = build(holdings, found, aligned, self.programs)
+                self._tables[key] = build(holdings, found, aligned, self.programs, self._fuses)
             flat = [
                 number
                 for holding, weight, gradient in those
@@ -150,8 +118,9 @@ class TritonKernel:
                 for number in (weight, gradient)
             ]
             tables = self._tables[key]
-            classes.append(_Class(holdings, name, tables, self._on_device(tables, flat)))
-        return classes, others
+            addresses = self._on_device(tables, flat)
+            launches.append(Launch(holdings, name, tables, addresses, self.programs))
+        return launches, others
 
     def _on_device(self, tables: Tables, addresses: list[int]) -> Tensor:
         """The addresses as a tensor, copied only when they have changed."""
@@ -170,24 +139,6 @@ class TritonKernel:
                 return copied
         self._addresses[id(tables)] = addresses, copied
         return copied
-
-    def _measure(self, one: _Class) -> None:
-        programs, tables = self.programs, one.tables
-        for (rows, columns, aligned), items in tables.measures.items():
-            measuring.measure[(len(items),)](
-                items,
-                one.addresses,
-                GRADIENT=one.gradient,
-                ROWS=rows,
-                COLUMNS=columns,
-                ALIGNED=aligned,
-                num_warps=programs.warps,
-                **_OPTIONS,
-            )
-        if tables.adds is not None:
-            measuring.add_parts[(len(tables.adds),)](
-                tables.adds, NUMBERS=programs.columns, num_warps=programs.warps, **_OPTIONS
-            )
 
     def _coefficients(self, c: Coefficients, count: int) -> Tensor:
         """[count, FIELDS] fp32, worked out on the device."""
@@ -213,78 +164,3 @@ class TritonKernel:
             if holding.factor is not None:
                 factors[holding.index] = holding.factor
         return torch.stack(factors)
-
-
-@dataclass
-class _TritonMoves:
-    """What is to be written of one class."""
-
-    kernel: TritonKernel
-    one: _Class
-    coefficients: Tensor
-    factors: Tensor
-    draws: Tensor
-    verdict: Tensor
-    by_block: bool
-    c: Coefficients
-
-    def __post_init__(self) -> None:
-        """Advance the moments of blocks."""
-        tables, programs = self.one.tables, self.kernel.programs
-        self._scales = self.draws.new_empty(max(1, tables.num_scales), dtype=torch.float32)
-        if tables.moments is None:
-            return
-        with _on(self._scales.device):
-            measuring.advance_moments[(len(tables.moments),)](
-                tables.moments,
-                tables.pieces,
-                self.coefficients,
-                self.verdict,
-                self._scales,
-                CLIP_BLOCKS=self.c.clip_blocks,
-                BY_BLOCK=self.by_block,
-                BLOCKS=programs.blocks,
-                num_warps=max(1, programs.blocks // 128),
-                **_OPTIONS,
-            )
-
-    def seek_peaks(self) -> None:
-        """No group that ranks share is stepped here."""
-
-    def write(self) -> None:
-        """Move the weights and the lines."""
-        holding, programs = self.one.holdings[0], self.kernel.programs
-        storages = _storages(holding)
-        assert storages is not None
-        storage, form = storages[0].split()
-        with _on(self._scales.device):
-            for (element, aligned), items in self.one.tables.moves.items():
-                moving.move[(len(items) * programs.tiles,)](
-                    items,
-                    self.one.tables.pieces,
-                    self.one.addresses,
-                    self.coefficients,
-                    self.factors,
-                    self.draws,
-                    self.verdict,
-                    self._scales,
-                    RULE=holding.rule.name,
-                    ELEMENT=element,
-                    STORAGE=storage,
-                    FORMAT=form,
-                    LINE=storages[1],
-                    GRADIENT=self.one.gradient,
-                    DECAY_ALL=holding.group["decay"] == "all",
-                    CLIP_BLOCKS=self.c.clip_blocks,
-                    BY_BLOCK=self.by_block,
-                    ALIGNED=aligned,
-                    TILES=programs.tiles,
-                    GROUPS=programs.groups,
-                    num_warps=programs.warps,
-                    **_OPTIONS,
-                )
-
-
-def _on(device: torch.device) -> Any:
-    """Launches go to the device that is current."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

@@ -62,6 +62,7 @@ class Tables:
         parts: fp32, what those add.
         moments: items of `advance_moments`; None: every element is a block.
         moves: (every element is a block, aligned) -> items of `move`.
+        fused: aligned -> items of `measure_and_move`; what they step is in no other table.
     """
 
     pieces: Tensor
@@ -71,6 +72,7 @@ class Tables:
     parts: Tensor
     moments: Tensor | None
     moves: dict[tuple[bool, bool], Tensor]
+    fused: dict[bool, Tensor]
 
 
 @dataclass
@@ -82,6 +84,7 @@ class _Rows:
     measures: dict[_MeasureClass, list[list[int]]] = field(default_factory=dict)
     moments: list[list[int]] = field(default_factory=list)
     moves: dict[tuple[bool, bool], list[list[int]]] = field(default_factory=dict)
+    fused: dict[bool, list[list[int]]] = field(default_factory=dict)
     # address of a sum -> items that form it: such as have one row, which may be a part of a block
     shares: dict[int, list[list[int]]] = field(default_factory=dict)
 
@@ -91,6 +94,7 @@ def build(
     found: Sequence[Sequence[Sequence[Stretch]]],
     aligned: Sequence[bool],
     programs: Programs,
+    fuses: bool,
 ) -> Tables:
     """Tables for some tensors that step in the same launches.
 
@@ -99,13 +103,17 @@ def build(
         found: `fits.stretches` of each.
         aligned: whether the addresses of its weights and of its gradient are multiples of 16.
         programs: that will read them.
+        fuses: whether blocks that decide for themselves are measured where they are moved.
     """
     rows = _Rows()
     for holding, pieces, given in zip(holdings, found, aligned, strict=True):
         state = [*holding.errors, *holding.lines[0].by_number, holding.exp_avg_sq]
         fine = given and all(tensor.data_ptr() % _ALIGNED == 0 for tensor in state)
         for piece, here in zip(holding.layout.pieces, pieces, strict=True):
-            _add(rows, holding, piece, here, fine, programs)
+            if fuses and _fits(holding, piece, here, programs):
+                _add_fused(rows, holding, piece, here, fine, programs)
+            else:
+                _add(rows, holding, piece, here, fine, programs)
     device = holdings[0].exp_avg_sq.device
     parts, adds = _add_parts(rows, device)
     return Tables(
@@ -116,6 +124,7 @@ def build(
         parts=parts,
         moments=_table(rows.moments, device) if rows.moments else None,
         moves={key: _table(items, device) for key, items in rows.moves.items()},
+        fused={key: _table(items, device) for key, items in rows.fused.items()},
     )
 
 
@@ -140,8 +149,9 @@ def _add(
         rows.measures.setdefault(key, []).append(item)
         if count == 1:
             rows.shares.setdefault(item[-1], []).append(item)
+    size = programs.groups * GROUP * programs.tiles
     for stretch in here:
-        for move in _moved(number, piece, stretch, rows.num_scales, programs):
+        for move in _moved(number, piece, stretch, rows.num_scales, size):
             ok = fine and move[1] % _ALIGNED == 0 and move[2] % _ALIGNED == 0
             ok = ok and (not element or move[4] % _ALIGNED == 0)
             rows.moves.setdefault((element, ok), []).append(move)
@@ -153,6 +163,37 @@ def _add(
                 [number, moments + skipped, sums + skipped, rows.num_scales + at, count]
             )
         rows.num_scales += piece.num_blocks
+
+
+def _fits(holding: Holding, piece: Piece, here: Sequence[Stretch], programs: Programs) -> bool:
+    """Whether programs can take whole blocks of a piece, and have enough to do with each."""
+    numel = piece.part.blocks.block_numel
+    return (
+        not piece.part.elementwise
+        and programs.columns // 4 <= numel <= programs.longest
+        and (not holding.lines[0].storage.group or numel % GROUP == 0)
+        and all(run.whole and run.block_numel == numel for run in piece.runs)
+        and all(part[:2] == (part.run.offset, part.run.numel) for part in here)
+    )
+
+
+def _add_fused(
+    rows: _Rows,
+    holding: Holding,
+    piece: Piece,
+    here: Sequence[Stretch],
+    fine: bool,
+    programs: Programs,
+) -> None:
+    number, block_numel = len(rows.pieces), piece.part.blocks.block_numel
+    rows.pieces.append(_piece_row(holding, piece))
+    sums = holding.sums.data_ptr() + _FP32 * piece.first_sum
+    for stretch in here:
+        for item in _moved(number, piece, stretch, 0, block_numel * programs.tiles):
+            item[6] = sums + _FP32 * item[4]
+            item[4] += piece.first_block
+            ok = fine and item[1] % _ALIGNED == 0 and block_numel % _ALIGNED == 0
+            rows.fused.setdefault(ok, []).append(item)
 
 
 def _piece_row(holding: Holding, piece: Piece) -> list[int]:
@@ -200,10 +241,10 @@ def _measured(piece: Piece, programs: Programs) -> Iterator[tuple[int, int, int,
 
 
 def _moved(
-    number: int, piece: Piece, stretch: Stretch, scales: int, programs: Programs
+    number: int, piece: Piece, stretch: Stretch, scales: int, numel: int
 ) -> Iterator[list[int]]:
-    """MOVE_FIELDS numbers per item; `scales`: where those of the piece begin."""
-    run, numel = stretch.run, programs.groups * GROUP * programs.tiles
+    """MOVE_FIELDS numbers per item of `numel`; `scales`: where those of the piece begin."""
+    run = stretch.run
     for begin in range(0, stretch.numel, numel):
         start = stretch.start + begin
         before = run.phase + start - run.offset
