@@ -8,7 +8,7 @@ groups before the first step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,33 +18,43 @@ from amsf_dist import clipping
 from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
-from amsf_dist.kernels import Grouping, Holding, Move
+from amsf_dist.kernels import Grouping, Holding, Kernel, Moves, kernels_for
+from amsf_dist.kernels.choice import on_host
 from amsf_dist.kernels.holding import WEIGHT, Line, Partition
 from amsf_dist.peaks import GroupPeaks
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
-from amsf_dist.rules.protocol import Coefficients, Scalar
+from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Flats, copy_into, locate
 from amsf_dist.storage import state_storage, weight_storage
 
-__all__ = ["Lane", "Plan", "Unit", "build", "is_current", "on_host"]
+__all__ = ["Lane", "Plan", "Unit", "build", "is_current"]
 
 _State = dict[Tensor, dict[str, Any]]
 
 
 @dataclass
 class Lane:
-    """Parameters of one group on one device: they share hyper-parameters and counters."""
+    """Parameters of one group on one device: they share hyper-parameters and counters.
+
+    Attributes:
+        kernels: that step them; each tensor has one.
+    """
 
     group: Mapping[str, Any]
     rule: Rule
     device: torch.device
     holdings: list[Holding]
     counters: states.Counters
+    kernels: list[Kernel] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Choose the kernels."""
+        self.kernels = kernels_for(self.holdings)
 
     def moves(
         self, finite: Tensor, everyone_knows: bool, part: int = 0, last: bool = True
-    ) -> list[Move]:
+    ) -> list[Moves]:
         """Advance the counters, and the moments of every parameter that has a gradient.
 
         Args:
@@ -73,16 +83,19 @@ class Lane:
         # Where the host can read the verdict for nothing, a finite step needs no masks.
         verdict = None if host and finite else finite
         known = finite if everyone_knows else None
-        coefficients = self.advance(stepping + absent, known, part, last)
+        columns = self.advance(stepping + absent, known, part, last)
         by_block = verdict is not None and not everyone_knows
         # every part rounds with numbers of its own
         draws = self.counters.values["step"] + part * _PARTS_APART
-        steps = _per_parameter(draws, len(self.holdings))
-        return [Move(h, coefficients[h.index], steps[h.index], verdict, by_block) for h in stepping]
+        return [
+            moves
+            for kernel in self.kernels
+            for moves in kernel.moves(columns, draws, verdict, by_block)
+        ]
 
     def advance(
         self, stepping: Sequence[Holding], finite: Tensor | None, part: int = 0, last: bool = True
-    ) -> list[Coefficients]:
+    ) -> Coefficients:
         """Advance the counters of the parameters that step now.
 
         Args:
@@ -92,8 +105,7 @@ class Lane:
             last: where False no counter moves either.
 
         Returns:
-            The rule's scalars per holding, by `index`: floats where the host can read them for
-            nothing, else 0-dim tensors on the device.
+            The rule's scalars: columns over all holdings, as the rule gives them.
         """
         by = 1.0 if finite is None else finite.double()
         tick = torch.zeros(len(self.holdings), dtype=torch.float64, device=self.device)
@@ -109,22 +121,10 @@ class Lane:
         columns = self.rule.advance(counters, tick, self.group)
         if part or not last:
             columns = self.rule.part(columns, not part, last, begun)
-        rows = zip(*(_per_parameter(column, len(self.holdings)) for column in columns), strict=True)
-        return [type(columns)(*row) for row in rows]
+        return columns
 
 
 _PARTS_APART = 2.0**32
-
-
-def on_host(device: torch.device) -> bool:
-    """Whether the host can read a tensor of this device without waiting for anything."""
-    return device.type == "cpu"
-
-
-def _per_parameter(column: Tensor | float, count: int) -> Sequence[Scalar]:
-    if not isinstance(column, Tensor):
-        return [column] * count
-    return column.tolist() if on_host(column.device) else column.unbind()
 
 
 @dataclass
@@ -154,7 +154,8 @@ class Unit:
             `seen`, this unit's added.
         """
         squares = torch.split(self.sums.squares, [len(lane.holdings) for lane in self.lanes])
-        total = seen.to(self.sums.squares)
+        # a number of the host's may meet the device's without a copy, which would wait
+        total = (self.sums.squares.new_zeros(()) + seen).to(self.sums.squares.dtype)
         for lane, own in zip(self.lanes, squares, strict=True):
             if lane.group["clip"] == "norm":
                 total = total + own.sum()

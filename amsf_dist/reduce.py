@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amsf_dist import kernels
 from amsf_dist.clipping import NEEDS_NORMS
-from amsf_dist.kernels import Holding, Partition
+from amsf_dist.kernels import Holding, Kernel, Partition
 from amsf_dist.shards import Axis, with_own_group
 
 __all__ = ["BlockSums", "partitions_of"]
@@ -95,9 +94,14 @@ class BlockSums:
             for axis in partition.layout.spread
         )
 
-    def measure(self, holding: Holding) -> None:
-        """Add what this rank sees of a gradient to the sums."""
-        kernels.sum_of_squares(holding)
+    @property
+    def nobody_waits(self) -> bool:
+        """Whether every block decides for itself, and no rank has sums that another one needs."""
+        return not self.everyone_knows and not self.num_collectives
+
+    def measure(self, kernel: Kernel) -> None:
+        """Add what this rank sees of a kernel's gradients to the sums."""
+        kernel.measure(self.nobody_waits)
 
     def clear(self) -> None:
         """Set every sum to zero."""

@@ -87,16 +87,11 @@ class Stepping(TwoModes):
         sums = unit.sums
         sums.clear()
         for lane in unit.lanes:  # measure what this rank can see
-            for holding in lane.holdings:
-                if holding.param.grad is not None:
-                    sums.measure(holding)
+            for kernel in lane.kernels:
+                sums.measure(kernel)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._clip(unit)
-        for number, device in enumerate(list(finite)):
-            verdict = finite[device]
-            finite[device], first = self._progress.verdict(verdict, sums.everyone_knows)
-            if not number:  # the same on every device
-                self._skipped = first + self._skipped
+        finite, first = self._verdicts(finite, sums.everyone_knows)
         moves = [
             move
             for lane in unit.lanes
@@ -105,7 +100,24 @@ class Stepping(TwoModes):
         unit.peaks.agree(moves)  # on scales that shards share
         for move in moves:
             move.write()
+        if sums.nobody_waits:  # what was measured while it moved counts as well
+            _, first = self._verdicts(sums.agree(), sums.everyone_knows)
+        if isinstance(self._skipped, Tensor):
+            self._skipped += first  # in place, so that a CUDA graph counts too
+        else:
+            self._skipped = first + self._skipped
         unit.parts = 0 if last else unit.parts + 1
+
+    def _verdicts(
+        self, finite: dict[torch.device, Tensor], everyone_knows: bool
+    ) -> tuple[dict[torch.device, Tensor], Tensor | int]:
+        """Whether a unit may move, by device, and whether it is the step's first that may not."""
+        verdicts = {
+            device: self._progress.verdict(verdict, everyone_knows)
+            for device, verdict in finite.items()
+        }
+        firsts = [first for _, first in verdicts.values()]  # the same on every device
+        return {device: may for device, (may, _) in verdicts.items()}, firsts[0] if firsts else 0
 
     @property
     def skipped_steps(self) -> int:

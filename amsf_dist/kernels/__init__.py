@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from amsf_dist.kernels.choice import Kernel, Moves, kernels_for
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
 from amsf_dist.kernels.factored import second_moments
 from amsf_dist.kernels.grouping import Grouping
 from amsf_dist.kernels.holding import Holding, Partition
-from amsf_dist.kernels.move import Move
-from amsf_dist.kernels.reference import assign_, average_, sum_of_squares, unaverage_
+from amsf_dist.kernels.reference import assign_, average_, unaverage_
 from amsf_dist.kernels.transfer import (
     add_means,
     gather_,
@@ -22,7 +22,8 @@ from amsf_dist.kernels.transfer import (
 __all__ = [
     "Grouping",
     "Holding",
-    "Move",
+    "Kernel",
+    "Moves",
     "Partition",
     "add_means",
     "add_scaled_squares",
@@ -30,12 +31,12 @@ __all__ = [
     "average_",
     "gather_",
     "gather_scales_",
+    "kernels_for",
     "largest_square",
     "read_line",
     "second_moments",
     "spread",
     "spread_scales",
-    "sum_of_squares",
     "take_means_",
     "unaverage_",
     "write_line_",

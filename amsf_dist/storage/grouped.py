@@ -25,7 +25,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GROUP", "NOT_A_NUMBER", "SCALE_DTYPE", "decode", "encode", "highest"]
+__all__ = [
+    "BEND",
+    "GROUP",
+    "HIGHEST",
+    "NOT_A_NUMBER",
+    "SCALE_DTYPE",
+    "SMALLEST_SCALE",
+    "decode",
+    "encode",
+    "highest",
+]
 
 GROUP = 64
 """Numbers of a parameter's line that share a scale; the last group may have fewer."""
@@ -35,10 +45,10 @@ SCALE_DTYPE = torch.bfloat16
 NOT_A_NUMBER = -128
 """The code of what was not finite."""
 
-_BEND = 32
-_TOP = 127
-_HIGHEST = _TOP * (_TOP + _BEND)
-_SMALLEST_SCALE = 2.0**-100  # the 2**24th part of a step is then still a normal number
+BEND = 32
+TOP = 127
+HIGHEST = TOP * (TOP + BEND)
+SMALLEST_SCALE = 2.0**-100  # the 2**24th part of a step is then still a normal number
 _RANDOM_BITS = 24  # as many as fp32 holds
 
 
@@ -73,10 +83,10 @@ def encode(
     scale = scales.to(torch.float32).unsqueeze(1)
 
     # the largest k with k (k + 32) <= |v| / scale
-    below = (magnitude / scale).add_(_BEND**2 // 4).sqrt_()
-    below = below.sub_(_BEND // 2).floor_()
-    beyond = magnitude - below * (below + _BEND) * scale
-    step = (2.0 * below + (_BEND + 1)) * scale
+    below = (magnitude / scale).add_(BEND**2 // 4).sqrt_()
+    below = below.sub_(BEND // 2).floor_()
+    beyond = magnitude - below * (below + BEND) * scale
+    step = (2.0 * below + (BEND + 1)) * scale
     if bits is None:
         up = beyond > 0.5 * step
     else:
@@ -98,13 +108,13 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
         [groups, size] fp32.
     """
     c = codes.to(torch.float32)
-    values = c * (c.abs() + _BEND) * scales.to(torch.float32).unsqueeze(1)
+    values = c * (c.abs() + BEND) * scales.to(torch.float32).unsqueeze(1)
     return values.masked_fill_(codes == NOT_A_NUMBER, float("nan"))
 
 
 def highest(scales: Tensor) -> Tensor:
     """[groups] fp32, the largest magnitudes that groups of these scales (bf16) can have."""
-    return scales.to(torch.float32) * _HIGHEST
+    return scales.to(torch.float32) * HIGHEST
 
 
 def _scales(absmax: Tensor) -> Tensor:
@@ -112,5 +122,5 @@ def _scales(absmax: Tensor) -> Tensor:
     # tensor by tensor: devices divide by a Python number through its reciprocal, which is rounded,
     # and a scale that is right already would be rounded up again. The quotient may be rounded:
     # 20193 times a bf16 is an fp32, and the next one divided is more than half a place above it.
-    least = (absmax / torch.full_like(absmax, _HIGHEST)).clamp_min_(_SMALLEST_SCALE)
+    least = (absmax / torch.full_like(absmax, HIGHEST)).clamp_min_(SMALLEST_SCALE)
     return ((least.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(SCALE_DTYPE)

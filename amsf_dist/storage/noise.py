@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["bits", "stream_of"]
+__all__ = ["GAMMA", "MIX32", "MIX64", "bits", "family_of", "stream_of"]
 
 _Word = TypeVar("_Word", int, Tensor)
 
@@ -32,9 +32,9 @@ def _wrapped(word: _Word) -> _Word:
     return (word + 2**63) % 2**64 - 2**63 if isinstance(word, int) else word
 
 
-_GAMMA = _wrapped(0x9E3779B97F4A7C15)
-_MIX64 = _wrapped(0xBF58476D1CE4E5B9), _wrapped(0x94D049BB133111EB)
-_MIX32 = _wrapped(0x62A9D9ED799705F5), _wrapped(0xCB24D0A5C88C35B3)
+GAMMA = _wrapped(0x9E3779B97F4A7C15)
+MIX64 = _wrapped(0xBF58476D1CE4E5B9), _wrapped(0x94D049BB133111EB)
+MIX32 = _wrapped(0x62A9D9ED799705F5), _wrapped(0xCB24D0A5C88C35B3)
 
 
 def stream_of(name: str, role: str) -> int:
@@ -61,31 +61,36 @@ def bits(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
     Returns:
         [...] int32, every one of the 2**32 values equally likely.
     """
-    family = _wrapped(_mix64(_wrapped(seed)) ^ _wrapped(stream))
+    family = family_of(seed, stream)
     # int64 wraps when it overflows, and `>>` repeats the sign: hence a mask after every shift
-    word = index * _GAMMA
+    word = index * GAMMA
     if isinstance(step, Tensor):
-        word += _number(family, step.to(torch.int64)) + _GAMMA
+        word += _number(family, step.to(torch.int64)) + GAMMA
     else:
-        word += _wrapped(_number(family, step) + _GAMMA)
+        word += _wrapped(_number(family, step) + GAMMA)
     shifted = word >> 33
     shifted &= (1 << 31) - 1
     word ^= shifted
-    word *= _MIX32[0]
+    word *= MIX32[0]
     torch.bitwise_right_shift(word, 28, out=shifted)
     shifted &= (1 << 36) - 1
     word ^= shifted
-    word *= _MIX32[1]
+    word *= MIX32[1]
     word >>= 32
     return word.to(torch.int32)
 
 
+def family_of(seed: int, stream: int) -> int:
+    """The seed of a stream's keys, as int64 holds it; see `bits` for the arguments."""
+    return _wrapped(_mix64(_wrapped(seed)) ^ _wrapped(stream))
+
+
 def _number(seed: int, n: _Word) -> _Word:
     """Number n of nextLong()."""
-    return _mix64(_wrapped(n * _GAMMA + _wrapped(seed + _GAMMA)))
+    return _mix64(_wrapped(n * GAMMA + _wrapped(seed + GAMMA)))
 
 
 def _mix64(z: _Word) -> _Word:
-    z = _wrapped((z ^ (z >> 30 & (1 << 34) - 1)) * _MIX64[0])
-    z = _wrapped((z ^ (z >> 27 & (1 << 37) - 1)) * _MIX64[1])
+    z = _wrapped((z ^ (z >> 30 & (1 << 34) - 1)) * MIX64[0])
+    z = _wrapped((z ^ (z >> 27 & (1 << 37) - 1)) * MIX64[1])
     return z ^ (z >> 31 & (1 << 33) - 1)

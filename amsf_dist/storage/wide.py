@@ -13,7 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LOW_BITS", "QUIET_NAN", "from_wide", "to_wide"]
+__all__ = [
+    "INFINITY",
+    "LOW_BITS",
+    "QUIET_NAN",
+    "REBIAS",
+    "SIGN",
+    "SMALLEST_NORMAL",
+    "UNIT",
+    "from_wide",
+    "to_wide",
+]
 
 LOW_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """How many bits of the pattern lie below those of the dtype."""
@@ -21,11 +31,11 @@ LOW_BITS = {torch.bfloat16: 16, torch.float16: 13}
 QUIET_NAN = {torch.bfloat16: 0x7FC0 << 16, torch.float16: 0x7E00 << 13}
 """The pattern of NaN that is still NaN when the low bits are cut off, or rounded."""
 
-_REBIAS = (127 - 15) << 23  # between the exponents of fp32 and of fp16
-_SMALLEST_NORMAL = 1 << 23  # 2**-14, as 1-5-23
-_INFINITY = 31 << 23
-_SIGN = 1 << 28
-_UNIT = 2.0**-37  # of 1-5-23 numbers below 2**-14
+REBIAS = (127 - 15) << 23  # between the exponents of fp32 and of fp16
+SMALLEST_NORMAL = 1 << 23  # 2**-14, as 1-5-23
+INFINITY = 31 << 23
+SIGN = 1 << 28
+UNIT = 2.0**-37  # of 1-5-23 numbers below 2**-14
 
 
 def to_wide(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,10 +55,10 @@ def to_wide(values: Tensor, dtype: torch.dtype) -> Tensor:
     bits = values.view(torch.int32)
     if dtype == torch.float16:
         magnitude = bits & 0x7FFFFFFF
-        fixed = (values.abs() * (1.0 / _UNIT)).round_().to(torch.int32)
-        normal = (magnitude - _REBIAS).clamp_(max=_INFINITY)
-        magnitude = torch.where(normal < _SMALLEST_NORMAL, fixed, normal)
-        bits = magnitude | (bits >> 3 & _SIGN)
+        fixed = (values.abs() * (1.0 / UNIT)).round_().to(torch.int32)
+        normal = (magnitude - REBIAS).clamp_(max=INFINITY)
+        magnitude = torch.where(normal < SMALLEST_NORMAL, fixed, normal)
+        bits = magnitude | (bits >> 3 & SIGN)
     return bits
 
 
@@ -64,9 +74,9 @@ def from_wide(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == torch.bfloat16:
         return wide.view(torch.float32)
-    magnitude = wide & (_SIGN - 1)
-    fixed = (magnitude.to(torch.float32) * _UNIT).view(torch.int32)
-    normal = magnitude + _REBIAS
-    normal = torch.where(magnitude < _INFINITY, normal, normal + _REBIAS)  # infinity to infinity
-    bits = torch.where(magnitude < _SMALLEST_NORMAL, fixed, normal)
-    return (bits | (wide & _SIGN) << 3).view(torch.float32)
+    magnitude = wide & (SIGN - 1)
+    fixed = (magnitude.to(torch.float32) * UNIT).view(torch.int32)
+    normal = magnitude + REBIAS
+    normal = torch.where(magnitude < INFINITY, normal, normal + REBIAS)  # infinity to infinity
+    bits = torch.where(magnitude < SMALLEST_NORMAL, fixed, normal)
+    return (bits | (wide & SIGN) << 3).view(torch.float32)

@@ -52,6 +52,8 @@ OPTIONAL = frozenset(
     "transformers deepspeed accelerate triton wandb tensorboard datasets matplotlib pydantic yaml "
     "typer tqdm safetensors tokenizers".split()
 )
+ROOMS_OF_THEIR_OWN = {"triton": ("kernels", "triton")}
+"""Folder that may import an optional package on a floor that otherwise imports none."""
 DISTRIBUTED = "torch.distributed"
 MAY_BE_DISTRIBUTED = frozenset(
     "shards reduce exact peaks release checkpoint integrations train doctor".split()
@@ -102,7 +104,9 @@ def mistakes(package: Path) -> Iterator[str]:
                     yield f"{at} ({room}, floor {here}) climbs to {there} (floor {FLOOR[there]})"
             if f"{name}.".startswith(f"{DISTRIBUTED}.") and room not in MAY_BE_DISTRIBUTED:
                 yield f"{at} ({room}) imports {DISTRIBUTED}"
-            if parts[0] in OPTIONAL and here <= HIGHEST_WITHOUT_OPTIONAL_PACKAGES:
+            folder = path.relative_to(package).parent.parts
+            own = folder == ROOMS_OF_THEIR_OWN.get(parts[0])
+            if parts[0] in OPTIONAL and here <= HIGHEST_WITHOUT_OPTIONAL_PACKAGES and not own:
                 yield f"{at} ({room}, floor {here}) imports the optional package {parts[0]}"
 
 
@@ -144,6 +148,7 @@ def test_the_front_door_names_what_it_shows() -> None:
         ("optimizer.py", "from torch import distributed", "imports torch.distributed"),
         ("state.py", "from torch.distributed.tensor import DTensor", "imports torch.distributed"),
         ("kernels/fast.py", "import triton.language as tl", "the optional package triton"),
+        ("kernels/triton/move.py", "import typer", "the optional package typer"),
         ("checkpoint.py", "from safetensors.torch import save_file", "package safetensors"),
         ("attic.py", "", "attic has no floor"),
         ("attic/box.py", "", "attic has no floor"),
@@ -152,7 +157,7 @@ def test_the_front_door_names_what_it_shows() -> None:
 def test_a_climber_is_caught(tmp_path: Path, file: str, source: str, says: str) -> None:
     package = toy_house(tmp_path)
     path = package / file
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(source)
     (mistake,) = mistakes(package)
     assert says in mistake
@@ -166,6 +171,8 @@ def test_a_tidy_house_is_let_be(tmp_path: Path) -> None:
     (package / "release.py").write_text("import torch.distributed as dist\n")
     (package / "train" / "loop.py").write_text("import yaml\nfrom amsf_dist.optimizer import A\n")
     (package / "rules" / "lion.py").write_text("from amsf_dist.rules.protocol import Rule\n")
+    (package / "kernels" / "triton").mkdir()
+    (package / "kernels" / "triton" / "move.py").write_text("import triton.language as tl\n")
     assert list(mistakes(package)) == []
 
 

@@ -5,27 +5,15 @@ Run here on the CPU, told that it is a device. The result is that of the host's 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from models import Little, Shape, Transformer, assert_same_bits, backward, everything
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import NoWaiting, a_device
 
 from amsf_dist import AMSF
 
-WAITS = {
-    "aten::_local_scalar_dense",  # item(), float(), bool(), tolist()
-    "aten::item",
-    "aten::is_nonzero",
-    "aten::nonzero",
-    "aten::equal",
-    "aten::masked_select",
-    "aten::_unique2",
-}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"averaging": "ema"},
@@ -37,24 +25,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"lr": torch.tensor(0.02)},
 ]
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS, ids=str)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raise where the host would wait for a device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func._schema.name not in WAITS, f"{func._schema.name} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, `amsf_dist` takes the CPU for a device."""
-    with monkeypatch.context() as patch:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("amsf_dist.") and hasattr(module, "on_host"):
-                patch.setattr(module, "on_host", lambda device: False)
-        yield
 
 
 def quiet_fit(model: Any, optimizer: AMSF, steps: Any, bad: tuple[int, ...] = ()) -> None:

@@ -1,0 +1,37 @@
+"""Random bits of storage/noise.py in Triton: the same integers for the same (seed, step, place)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from amsf_dist.storage import noise
+
+__all__ = ["key_of", "random_bits"]
+
+_GAMMA = tl.constexpr(noise.GAMMA)
+_MIX64_A, _MIX64_B = map(tl.constexpr, noise.MIX64)
+_MIX32_A, _MIX32_B = map(tl.constexpr, noise.MIX32)
+
+
+@triton.jit
+def _mix64(z):
+    # int64 wraps when it overflows, and `>>` repeats the sign: hence a mask after every shift
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX64_A
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX64_B
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+@triton.jit
+def key_of(family, step):
+    """The key of one step: int64 scalars, `family` from `noise.family`."""
+    return _mix64(step * _GAMMA + family + _GAMMA) + _GAMMA
+
+
+@triton.jit
+def random_bits(key, place, offsets):
+    """[...] int32 for the numbers at place + offsets (int64 scalar, int32 tensor) of the line."""
+    word = offsets.to(tl.int64) * _GAMMA + (place * _GAMMA + key)
+    word = (word ^ ((word >> 33) & ((1 << 31) - 1))) * _MIX32_A
+    word = (word ^ ((word >> 28) & ((1 << 36) - 1))) * _MIX32_B
+    return (word >> 32).to(tl.int32)
