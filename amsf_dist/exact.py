@@ -56,11 +56,12 @@ class ExactBlockSums(BlockSums):
         for integers in self._integers:
             integers.zero_()
 
-    def measure(self, holding: Holding) -> None:
+    def measure(self, holdings: Sequence[Holding]) -> None:
         """Find the largest square of every block; the squares are added when all know it."""
-        for partition in holding.partitions:
-            kernels.largest_square(holding, partition)
-        self._measured.append(holding)
+        for holding in holdings:
+            for partition in holding.partitions:
+                kernels.largest_square(holding, partition)
+        self._measured.extend(holdings)
 
     def agree(self) -> dict[torch.device, Tensor]:
         """Agree on the largest squares, then on the sums; see `BlockSums.agree`."""

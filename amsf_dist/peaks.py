@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from amsf_dist.kernels import Holding, Move
+from amsf_dist.kernels import Holding, Move, NativeMove
 from amsf_dist.shards import Axis, with_own_group
 
 __all__ = ["GroupPeaks"]
@@ -69,7 +69,7 @@ class GroupPeaks:
         self.num_collectives = sum(len(c.axes) for c in self._collectives)
         self.num_floats = sum(len(c.axes) * c.numel for c in self._collectives)
 
-    def agree(self, moves: Iterable[Move]) -> None:
+    def agree(self, moves: Iterable[Move | NativeMove]) -> None:
         """Find the peaks here, and those of groups that other ranks have parts of.
 
         Every rank calls it in every step, with moves or without.

@@ -18,7 +18,7 @@ from amsf_dist import clipping
 from amsf_dist import state as states
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
-from amsf_dist.kernels import Grouping, Holding, Move
+from amsf_dist.kernels import Grouping, Holding, Move, NativeMove, move_of
 from amsf_dist.kernels.holding import WEIGHT, Line, Partition
 from amsf_dist.peaks import GroupPeaks
 from amsf_dist.reduce import BlockSums
@@ -44,7 +44,7 @@ class Lane:
 
     def moves(
         self, finite: Tensor, everyone_knows: bool, part: int = 0, last: bool = True
-    ) -> list[Move]:
+    ) -> list[Move | NativeMove]:
         """Advance the counters, and the moments of every parameter that has a gradient.
 
         Args:
@@ -78,7 +78,9 @@ class Lane:
         # every part rounds with numbers of its own
         draws = self.counters.values["step"] + part * _PARTS_APART
         steps = _per_parameter(draws, len(self.holdings))
-        return [Move(h, coefficients[h.index], steps[h.index], verdict, by_block) for h in stepping]
+        return [
+            move_of(h, coefficients[h.index], steps[h.index], verdict, by_block) for h in stepping
+        ]
 
     def advance(
         self, stepping: Sequence[Holding], finite: Tensor | None, part: int = 0, last: bool = True

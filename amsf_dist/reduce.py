@@ -95,9 +95,9 @@ class BlockSums:
             for axis in partition.layout.spread
         )
 
-    def measure(self, holding: Holding) -> None:
-        """Add what this rank sees of a gradient to the sums."""
-        kernels.sum_of_squares(holding)
+    def measure(self, holdings: Sequence[Holding]) -> None:
+        """Add what this rank sees of these tensors' gradients to the sums."""
+        kernels.measure(holdings)
 
     def clear(self) -> None:
         """Set every sum to zero."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amsf_dist import clipping, plan
+from amsf_dist import clipping, kernels, plan
 from amsf_dist.hyper import Hyper
 from amsf_dist.modes import TwoModes
 from amsf_dist.owner import Owner
@@ -86,10 +86,8 @@ class Stepping(TwoModes):
                     holding.param.grad = torch.zeros_like(holding.param)
         sums = unit.sums
         sums.clear()
-        for lane in unit.lanes:  # measure what this rank can see
-            for holding in lane.holdings:
-                if holding.param.grad is not None:
-                    sums.measure(holding)
+        # measure what this rank can see
+        sums.measure([holding for holding in unit.holdings if holding.param.grad is not None])
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._clip(unit)
         for number, device in enumerate(list(finite)):
@@ -103,8 +101,7 @@ class Stepping(TwoModes):
             for move in lane.moves(finite[lane.device], sums.everyone_knows, unit.parts, last)
         ]
         unit.peaks.agree(moves)  # on scales that shards share
-        for move in moves:
-            move.write()
+        kernels.write(moves)
         unit.parts = 0 if last else unit.parts + 1
 
     @property

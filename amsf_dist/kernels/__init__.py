@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from amsf_dist.kernels.chosen import measure, move_of, write
 from amsf_dist.kernels.exact import add_scaled_squares, largest_square
 from amsf_dist.kernels.factored import second_moments
 from amsf_dist.kernels.grouping import Grouping
 from amsf_dist.kernels.holding import Holding, Partition
 from amsf_dist.kernels.move import Move
-from amsf_dist.kernels.reference import assign_, average_, sum_of_squares, unaverage_
+from amsf_dist.kernels.native import NativeMove
+from amsf_dist.kernels.reference import assign_, average_, unaverage_
 from amsf_dist.kernels.transfer import (
     add_means,
     gather_,
@@ -23,6 +25,7 @@ __all__ = [
     "Grouping",
     "Holding",
     "Move",
+    "NativeMove",
     "Partition",
     "add_means",
     "add_scaled_squares",
@@ -31,12 +34,14 @@ __all__ = [
     "gather_",
     "gather_scales_",
     "largest_square",
+    "measure",
+    "move_of",
     "read_line",
     "second_moments",
     "spread",
     "spread_scales",
-    "sum_of_squares",
     "take_means_",
     "unaverage_",
+    "write",
     "write_line_",
 ]

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["bits", "stream_of"]
+__all__ = ["bits", "family_of", "stream_of"]
 
 _Word = TypeVar("_Word", int, Tensor)
 
@@ -48,6 +48,11 @@ def stream_of(name: str, role: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def family_of(seed: int, stream: int) -> int:
+    """The seed of one stream's keys, as int64 holds it; see `bits`."""
+    return _wrapped(_mix64(_wrapped(seed)) ^ _wrapped(stream))
+
+
 def bits(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
     """32 random bits per element.
 
@@ -61,7 +66,7 @@ def bits(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
     Returns:
         [...] int32, every one of the 2**32 values equally likely.
     """
-    family = _wrapped(_mix64(_wrapped(seed)) ^ _wrapped(stream))
+    family = family_of(seed, stream)
     # int64 wraps when it overflows, and `>>` repeats the sign: hence a mask after every shift
     word = index * _GAMMA
     if isinstance(step, Tensor):
