@@ -141,12 +141,14 @@ inline void load_line(const Piece& p, const Tile& tile, int64_t at, int n, float
   });
 }
 
-inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, const Batch& batch) {
+inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, uint64_t word,
+                       Batch& batch) {
   if (p.line_kind == LINE_FP32) {
     std::memcpy(static_cast<float*>(p.line) + at, batch.line, n * sizeof(float));
     return;
   }
   if (p.line_kind == LINE_BF16) {
+    draw(word, n, batch.bits);
     store_at_random<BF16>(batch.line, batch.bits, n, static_cast<uint16_t*>(p.line) + at);
     return;
   }
@@ -160,9 +162,9 @@ inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, cons
       peak = p.peaks[tile.last_shared];
     const float* values = batch.line + i;
     if (size == GROUP)
-      encode<GROUP>(values, batch.bits + i, size, peak, codes + i, p.scales + group);
+      encode<GROUP>(values, word + i * GAMMA, size, peak, codes + i, p.scales + group);
     else
-      encode<0>(values, batch.bits + i, size, peak, codes + i, p.scales + group);
+      encode<0>(values, word + i * GAMMA, size, peak, codes + i, p.scales + group);
   });
 }
 
@@ -193,15 +195,14 @@ inline void move_tile(const Piece& p, const Tile& tile) {
     else
       p.decays ? ema<true>(p, n, batch) : ema<false>(p, n, batch);
 
-    if (p.weight_kind == STOCHASTIC) draw(weight_key, place, n, batch.bits);
+    if (p.weight_kind == STOCHASTIC) draw(word_at(weight_key, place), n, batch.bits);
     if (p.weight_format == FP32)
       std::memcpy(static_cast<float*>(p.weight) + at, batch.weight, n * sizeof(float));
     else if (p.weight_format == BF16)
       store_weight_16<BF16>(p, at, n, batch);
     else
       store_weight_16<FP16>(p, at, n, batch);
-    if (p.line_kind != LINE_FP32) draw(line_key, place, n, batch.bits);
-    store_line(p, tile, at, n, batch);
+    store_line(p, tile, at, n, word_at(line_key, place), batch);
   }
 }
 

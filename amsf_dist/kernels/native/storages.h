@@ -26,14 +26,27 @@ inline uint64_t key_of(uint64_t family, int64_t step) {
   return mix64(static_cast<uint64_t>(step) * GAMMA + family + GAMMA) + GAMMA;
 }
 
-inline void draw(uint64_t key, int64_t place, int n, uint32_t* __restrict out) {
-  uint64_t word = key + static_cast<uint64_t>(place) * GAMMA;
-  for (int i = 0; i < n; ++i) {
-    uint64_t z = word + static_cast<uint64_t>(i) * GAMMA;
-    z = (z ^ (z >> 33)) * 0x62A9D9ED799705F5u;
-    z = (z ^ (z >> 28)) * 0xCB24D0A5C88C35B3u;
-    out[i] = static_cast<uint32_t>(z >> 32);
+struct Multiples {
+  alignas(64) uint64_t of_gamma[BATCH];
+  Multiples() {
+    for (int i = 0; i < BATCH; ++i) of_gamma[i] = static_cast<uint64_t>(i) * GAMMA;
   }
+};
+static const Multiples MULTIPLES;  // a 64-bit product is three instructions, a load is none
+
+inline uint64_t word_at(uint64_t key, int64_t place) {
+  return key + static_cast<uint64_t>(place) * GAMMA;
+}
+
+inline uint32_t drawn(uint64_t z) {
+  z = (z ^ (z >> 33)) * 0x62A9D9ED799705F5u;
+  z = (z ^ (z >> 28)) * 0xCB24D0A5C88C35B3u;
+  return static_cast<uint32_t>(z >> 32);
+}
+
+inline void draw(uint64_t word, int n, uint32_t* __restrict out) {
+  const uint64_t* __restrict multiples = MULTIPLES.of_gamma;
+  for (int i = 0; i < n; ++i) out[i] = drawn(word + multiples[i]);
 }
 
 // ---- plain -------------------------------------------------------------------------------------
@@ -149,34 +162,59 @@ inline float quotient(float x, float scale, float inverse) {
 #endif
 }
 
+// a * b + c where the product needs no rounding: the same with and without the instruction.
+inline float exactly(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Draws as it goes: the processor then multiplies while it waits for roots.
 template <int N>
-inline void encode(const float* __restrict values, const uint32_t* __restrict bits, int numel,
-                   float peak, int8_t* __restrict codes, uint16_t* __restrict scale) {
+inline void encode(const float* __restrict values, uint64_t word, int numel, float peak,
+                   int8_t* __restrict codes, uint16_t* __restrict scale) {
   const int n = N ? N : numel;
+  const uint64_t* __restrict multiples = MULTIPLES.of_gamma;
   int32_t top = 0;
   for (int i = 0; i < n; ++i) {
-    uint32_t magnitude = pattern_of(values[i]) & MAGNITUDE;
-    int32_t finite = static_cast<int32_t>(magnitude < INFINITE ? magnitude : 0u);
-    top = top > finite ? top : finite;
+    const int32_t magnitude = static_cast<int32_t>(pattern_of(values[i]) & MAGNITUDE);
+    top = top > magnitude ? top : magnitude;
+  }
+  const bool all_finite = top < static_cast<int32_t>(INFINITE);
+  if (!all_finite) {
+    top = 0;
+    for (int i = 0; i < n; ++i) {
+      const uint32_t magnitude = pattern_of(values[i]) & MAGNITUDE;
+      const int32_t finite = static_cast<int32_t>(magnitude < INFINITE ? magnitude : 0u);
+      top = top > finite ? top : finite;
+    }
   }
   float absmax = number_of(static_cast<uint32_t>(top));
   absmax = absmax > peak ? absmax : peak;
   float least = absmax / 20193.0f;
   least = least < 0x1p-100f ? 0x1p-100f : least;
   const uint32_t found = (pattern_of(least) + 0xFFFFu) >> 16;
-  const float unit = number_of(found << 16), inverse = 1.0f / unit;
+  const float unit = number_of(found << 16), inverse = 1.0f / unit, part = unit * 0x1p-24f;
   *scale = static_cast<uint16_t>(found);
+  // With r = below + 16: below * (below + 32) = r * r - 256 and the step is (2 r + 1) scales. Both,
+  // and their products with the scale, have 23 bits at most, so they are exact in any order.
   for (int i = 0; i < n; ++i) {
-    bool finite = is_finite(values[i]);
-    float x = finite ? std::fabs(values[i]) : 0.0f;
-    float below = std::floor(std::sqrt(quotient(x, unit, inverse) + 256.0f) - 16.0f);
-    float beyond = x - below * (below + 32.0f) * unit;
-    float step = (2.0f * below + 33.0f) * unit;
-    float chance = static_cast<float>(static_cast<int32_t>(bits[i] & 0xFFFFFFu));
-    int32_t c = static_cast<int32_t>(below) + (beyond > chance * (0x1p-24f * step) ? 1 : 0);
-    c = pattern_of(values[i]) >> 31 ? -c : c;
-    codes[i] = static_cast<int8_t>(finite ? c : -128);
+    const float x = std::fabs(values[i]);
+    const int32_t r = static_cast<int32_t>(std::sqrt(quotient(x, unit, inverse) + 256.0f));
+    const float root = static_cast<float>(r);
+    const float beyond = exactly(-exactly(root, root, -256.0f), unit, x);
+    const float step = exactly(root, 2.0f, 1.0f) * part;
+    const uint32_t bits = drawn(word + multiples[i]) & 0xFFFFFFu;
+    const float chance = static_cast<float>(static_cast<int32_t>(bits));
+    int32_t c = r - 16 + (beyond > chance * step ? 1 : 0);
+    c = static_cast<int32_t>(pattern_of(values[i])) < 0 ? -c : c;
+    codes[i] = static_cast<int8_t>(c);
   }
+  if (!all_finite)
+    for (int i = 0; i < n; ++i)
+      if (!is_finite(values[i])) codes[i] = -128;
 }
 
 }  // namespace amsf
