@@ -26,9 +26,10 @@ def kernel_of(holding: Holding) -> ModuleType:
     Args:
         holding: any; a gradient is not needed.
     """
-    if native.serves(holding) and native.wanted() and native.library() is not None:
-        return native
-    return reference
+    if holding.kernel is None:
+        compiled = native.wanted() and native.serves(holding) and native.library() is not None
+        holding.kernel = native if compiled else reference
+    return holding.kernel
 
 
 def measure(holdings: Sequence[Holding]) -> None:

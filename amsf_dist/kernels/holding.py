@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Holding:
         grouping: where its lines lie in groups; None where no storage of theirs has any.
         factor: 0-dim, of the gradient in this step; None: 1.
         peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
+        kernel: steps it, once that has been chosen (kernels/chosen.py).
         prepared: what the kernel that steps it worked out once and for all.
     """
 
@@ -88,6 +90,7 @@ class Holding:
     grouping: Grouping | None = None
     factor: Tensor | None = None
     peaks: Tensor = field(init=False)
+    kernel: ModuleType | None = field(init=False, default=None, repr=False, compare=False)
     prepared: Any = field(init=False, default=None, repr=False, compare=False)
 
     @property

@@ -23,10 +23,10 @@ int64_t amsf_threads() {
 }
 
 void amsf_measure(const amsf::Piece* pieces, int64_t count, int64_t threads) {
-  amsf::measure(pieces, count, static_cast<int>(threads));
+  amsf::measure(pieces, count, amsf::threads_for(pieces, count, threads));
 }
 
 void amsf_move(const amsf::Piece* pieces, int64_t count, int64_t threads) {
-  amsf::move(pieces, count, static_cast<int>(threads));
+  amsf::move(pieces, count, amsf::threads_for(pieces, count, threads));
 }
 }

@@ -52,4 +52,14 @@ struct Piece {
   int32_t unused;
 };
 
+// No more threads than there is work for: waking one takes as long as some 10,000 numbers.
+inline int threads_for(const Piece* pieces, int64_t count, int64_t most) {
+  int64_t numel = 0;
+  for (int64_t p = 0; p < count; ++p)
+    if (pieces[p].num_tiles)
+      numel += pieces[p].tiles[pieces[p].num_tiles - 1].stop - pieces[p].tiles[0].start;
+  const int64_t enough = 1 + numel / 32768;
+  return static_cast<int>(most < enough ? most : enough);
+}
+
 }  // namespace amsf
