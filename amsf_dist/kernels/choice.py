@@ -15,10 +15,19 @@ from amsf_dist.kernels.move import Move
 from amsf_dist.kernels.reference import sum_of_squares
 from amsf_dist.rules.protocol import Coefficients, Scalar
 
-__all__ = ["AMSF_KERNEL", "Kernel", "Moves", "Reference", "kernels_for", "on_host"]
+__all__ = [
+    "AMSF_KERNEL",
+    "Kernel",
+    "Moves",
+    "Reference",
+    "by_parameter",
+    "kernels_for",
+    "on_host",
+]
 
 AMSF_KERNEL = "AMSF_KERNEL"
-"""Environment variable: "auto" (the fastest that there is for a device), "reference", "triton"."""
+"""Environment variable: "auto" (the fastest that there is for a device), "reference" (torch
+operations), "triton"."""
 
 
 class Moves(Protocol):
@@ -82,14 +91,26 @@ class Reference:
         self, c: Coefficients, draws: Tensor, finite: Tensor | None, by_block: bool
     ) -> Sequence[Moves]:
         """See `Kernel`."""
-        columns = [_per_parameter(column, len(draws)) for column in c]
-        rows = [type(c)(*row) for row in zip(*columns, strict=True)]
-        steps = _per_parameter(draws, len(draws))
+        rows, steps = by_parameter(c, draws)
         return [
             Move(holding, rows[holding.index], steps[holding.index], finite, by_block)
             for holding in self.holdings
             if holding.param.grad is not None
         ]
+
+
+def by_parameter(c: Coefficients, draws: Tensor) -> tuple[list[Coefficients], Sequence[Scalar]]:
+    """The rule's scalars and the keys of every parameter of a lane, by its index.
+
+    Floats where the host can read them for nothing, else 0-dim tensors on the device.
+
+    Args:
+        c: columns, see `Kernel.moves`.
+        draws: [lane's parameters].
+    """
+    columns = [_per_parameter(column, len(draws)) for column in c]
+    rows = [type(c)(*row) for row in zip(*columns, strict=True)]
+    return rows, _per_parameter(draws, len(draws))
 
 
 def kernels_for(holdings: Sequence[Holding]) -> list[Kernel]:
@@ -104,9 +125,15 @@ def kernels_for(holdings: Sequence[Holding]) -> list[Kernel]:
     chosen = os.environ.get(AMSF_KERNEL, "auto")
     if chosen not in ("auto", "reference", "triton"):
         raise ValueError(f"{AMSF_KERNEL} must be 'auto', 'reference' or 'triton', got {chosen!r}")
-    on_gpu = bool(holdings) and holdings[0].exp_avg_sq.device.type == "cuda"
-    if chosen == "triton" or chosen == "auto" and on_gpu and find_spec("triton") is not None:
+    if chosen == "reference" or not holdings:
+        return [Reference(holdings)]
+    device = holdings[0].exp_avg_sq.device.type
+    if chosen == "triton" or device == "cuda" and find_spec("triton") is not None:
         from amsf_dist.kernels.triton.stepper import split
+
+        return split(holdings)
+    if device == "cpu":
+        from amsf_dist.kernels.native.stepper import split
 
         return split(holdings)
     return [Reference(holdings)]

@@ -13,7 +13,7 @@ from amsf_dist.rules.protocol import Scalar
 from amsf_dist.shards import Piece
 from amsf_dist.storage.noise import bits, stream_of
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "stream_of_piece"]
 
 
 class Draws:
@@ -41,9 +41,12 @@ class Draws:
 
         def draw() -> Tensor:
             places = self._piece.places(tile.start, tile.stop, self._device)
-            return bits(places, self._seed, self._step, _stream(self._piece.part.name, role))
+            return bits(
+                places, self._seed, self._step, stream_of_piece(self._piece.part.name, role)
+            )
 
         return draw
 
 
-_stream = cache(stream_of)
+stream_of_piece = cache(stream_of)
+"""`stream_of`, once for every (name of the parameter, role)."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from amsf_dist.kernels.holding import Holding, Partition
 from amsf_dist.kernels.tiles import Tile
 from amsf_dist.kernels.transfer import spread
+from amsf_dist.roots import root
 from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Piece
 
-__all__ = ["add_by_column", "by_column", "scales_", "second_moments"]
+__all__ = ["add_by_column", "by_column", "column_of", "scales_", "second_moments"]
 
 
 def add_by_column(holding: Holding, piece: Piece, tile: Tile, squares: Tensor) -> None:
@@ -29,7 +30,7 @@ def add_by_column(holding: Holding, piece: Piece, tile: Tile, squares: Tensor) -
     """
     columns, mean = piece.others
     by_column = squares.sum(0)
-    first = _column(piece, tile) - columns.first_block + columns.first_sum
+    first = column_of(piece, tile) - columns.first_block + columns.first_sum
     holding.partitions[1].sums[first : first + len(by_column)] += by_column
     holding.partitions[2].sums[mean.first_sum] += by_column.sum()
 
@@ -62,7 +63,7 @@ def scales_(
         scales.append(scale)
     rows, columns, mean = scales
     if c.clip_blocks:
-        columns = columns * (means[-1].rsqrt() / mean).clamp(max=1.0)
+        columns = columns * (root(means[-1]).reciprocal() / mean).clamp(max=1.0)
     # without eps an all-zero row would be 0 times infinity
     return (rows / mean).nan_to_num_(0.0, 0.0), columns.nan_to_num(0.0, 0.0), finite
 
@@ -75,7 +76,7 @@ def by_column(piece: Piece, tile: Tile, columns: Tensor) -> Tensor:
         tile: of it.
         columns: [columns of the piece], a number for each.
     """
-    first = _column(piece, tile) - piece.others[0].first_block
+    first = column_of(piece, tile) - piece.others[0].first_block
     return columns[first : first + (tile.stop - tile.start) // tile.num_blocks]
 
 
@@ -88,7 +89,7 @@ def second_moments(holding: Holding) -> Tensor:
     return torch.where(mean > 0, moments * (columns / mean), moments)
 
 
-def _column(piece: Piece, tile: Tile) -> int:
+def column_of(piece: Piece, tile: Tile) -> int:
     """Where a tile's first column is in the tensor's vector of columns."""
     columns = piece.others[0]
     assert columns.kept is not None

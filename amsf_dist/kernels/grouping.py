@@ -81,7 +81,7 @@ class Grouping:
                 self.shared.append(Shared(len(self.tiles), _slot(piece, first, group), []))
             self.shared[known[key]].parts.extend(
                 Tile.of(part, first_group=here, phase=part.start - begin)
-                for part in _clip(tile.section, start, stop)
+                for part in tile.section.clip(start, stop)
             )
             return known[key]
 
@@ -142,20 +142,11 @@ def _overlaps(piece: Piece) -> Iterator[tuple[_Stretch, Section]]:
     for stretch in _stretches(piece):
         stop = stretch.run.offset + stretch.run.numel
         while section is not None and section.start < stop:
-            for part in _clip(section, stretch.run.offset, stop):
+            for part in section.clip(stretch.run.offset, stop):
                 yield stretch, part
             if section.stop > stop:
                 break
             section = next(left, None)
-
-
-def _clip(section: Section, start: int, stop: int) -> Iterator[Section]:
-    """Numbers [start, stop) of a section."""
-    start, stop = max(start, section.start), min(stop, section.stop)
-    if start < stop:
-        size = (section.stop - section.start) // section.num_blocks
-        blocks, phase = divmod(start - section.start, size)
-        yield from Run(start, stop - start, phase, size, section.first_block + blocks).sections()
 
 
 def _slot(piece: Piece, first: int | None, group: int) -> int | None:

@@ -73,6 +73,7 @@ class Holding:
         grouping: where its lines lie in groups; None where no storage of theirs has any.
         factor: 0-dim, of the gradient in this step; None: 1.
         peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
+        prepared: what the kernel that steps it worked out once and for all.
     """
 
     param: Tensor
@@ -87,6 +88,7 @@ class Holding:
     grouping: Grouping | None = None
     factor: Tensor | None = None
     peaks: Tensor = field(init=False)
+    prepared: Any = field(init=False, default=None, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:

@@ -22,10 +22,10 @@ from amsf_dist.kernels.tiles import Tile
 from amsf_dist.rules.protocol import Coefficients, Scalar
 from amsf_dist.shards import Piece
 
-__all__ = ["Move"]
+__all__ = ["Move", "Opened", "Scaled"]
 
 
-class _Scaled(NamedTuple):
+class Scaled(NamedTuple):
     """The gradient's factor and where to apply it, for a piece's blocks."""
 
     scale: Tensor
@@ -38,7 +38,7 @@ class _Moved(NamedTuple):
 
     weight: Tensor
     lines: tuple[Tensor, ...]
-    moments: Tensor | None  # of element blocks, which are not part of `_Scaled`
+    moments: Tensor | None  # of element blocks, which are not part of `Scaled`
     finite: Tensor | None
 
 
@@ -71,19 +71,19 @@ class Move:
         self._holding, self._c, self._step = holding, c, step
         self._finite, self._by_block = finite, by_block
         # also of pieces of which nothing lies here: their moments may be kept by all their ranks
-        self._scaled = [
+        self.scaled = [
             None if piece.part.elementwise else self._scale_(piece)
             for piece in holding.layout.pieces
         ]
 
-    def _scale_(self, piece: Piece) -> _Scaled:
+    def _scale_(self, piece: Piece) -> Scaled:
         """Update the second moments of the piece's blocks."""
         holding, finite = self._holding, self._finite
         if piece.others:
             rows, columns, finite = factored.scales_(
                 holding, piece, self._c, finite, self._by_block
             )
-            return _Scaled(rows, finite, columns)
+            return Scaled(rows, finite, columns)
         moments = holding.exp_avg_sq[piece.first_block : piece.first_block + piece.num_blocks]
         mean_sq = holding.sums[piece.first_sum : piece.first_sum + piece.num_sums]
         mean_sq = mean_sq / piece.part.blocks.block_numel
@@ -91,14 +91,14 @@ class Move:
             finite = mean_sq.isfinite()
         after, scale = holding.rule.block_scale(moments, mean_sq, self._c)
         moments.copy_(after if finite is None else torch.where(finite, after, moments))
-        return _Scaled(scale, finite)
+        return Scaled(scale, finite)
 
     def seek_peaks(self) -> None:
         """Find the largest magnitudes, here and after this step, in groups that tiles share."""
         holding, grouping = self._holding, self._holding.grouping
         if grouping is None or not grouping.shared:
             return
-        opened = [_Opened(holding, piece) for piece in holding.layout.pieces]
+        opened = [Opened(holding, piece) for piece in holding.layout.pieces]
         for index, group in enumerate(grouping.shared):
             for tile in group.parts:
                 moved = self._moved(group.piece, opened[group.piece], tile)
@@ -110,18 +110,17 @@ class Move:
         """Move the weights and the lines."""
         holding = self._holding
         for number, (piece, tiles) in enumerate(holding.tiled):
-            opened = _Opened(holding, piece)
+            opened = Opened(holding, piece)
             draws = Draws(holding, piece, self._step)
             for tile in tiles:
                 moved = self._moved(number, opened, tile)
                 self._store(opened, tile, moved, draws)
-            put_all_back(opened.memory, piece, opened.weight)
-            put_lines_back(holding, piece, opened.lines)
+            opened.put_back(holding, piece)
 
-    def _moved(self, number: int, opened: _Opened, tile: Tile) -> _Moved:
+    def _moved(self, number: int, opened: Opened, tile: Tile) -> _Moved:
         holding, c = self._holding, self._c
         rule, dtype = holding.rule, holding.compute_dtype
-        piece, scaled = holding.layout.pieces[number], self._scaled[number]
+        piece, scaled = holding.layout.pieces[number], self.scaled[number]
         shape = (tile.num_blocks, -1)
         g = opened.gradient[tile.span].to(dtype).view(shape)
         if holding.factor is not None:
@@ -156,7 +155,7 @@ class Move:
             )
         return _Moved(weight, moved, moments, finite)
 
-    def _store(self, opened: _Opened, tile: Tile, moved: _Moved, draws: Draws) -> None:
+    def _store(self, opened: Opened, tile: Tile, moved: _Moved, draws: Draws) -> None:
         holding = self._holding
         if moved.moments is not None:
             self._moments(tile).copy_(moved.moments.view(-1))
@@ -177,10 +176,11 @@ class Move:
         return self._holding.exp_avg_sq[tile.first_block : tile.first_block + tile.num_blocks]
 
 
-class _Opened:
+class Opened:
     """A piece's memory, flat in line order."""
 
     def __init__(self, holding: Holding, piece: Piece) -> None:
+        """Views where the memory is in line order, copies elsewhere; see `put_back`."""
         self.memory = holding.weight
         self.weight = flat_tensors(self.memory, piece)
         self.gradient = flat_line(holding.gradient, piece)
@@ -192,3 +192,8 @@ class _Opened:
                 (*tensors[: len(line.by_number)], *(scales.clone() for scales in line.by_group))
                 for line, tensors in zip(holding.lines, self.lines, strict=True)
             )
+
+    def put_back(self, holding: Holding, piece: Piece) -> None:
+        """Write what was stored in copies to where the memory is."""
+        put_all_back(self.memory, piece, self.weight)
+        put_lines_back(holding, piece, self.lines)

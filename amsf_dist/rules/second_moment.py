@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amsf_dist.roots import root
 from amsf_dist.rules.protocol import Coefficients, Scalar
 
 __all__ = ["BlockMoments", "warmed_up"]
@@ -28,10 +29,10 @@ class BlockMoments:
             (exp_avg_sq, inverse denominator), both [num_blocks].
         """
         exp_avg_sq = c.carry2 * exp_avg_sq + c.fresh2 * mean_sq
-        root = (exp_avg_sq * (1.0 / c.bias_correction2)).sqrt()
-        scale = (root + c.eps).reciprocal()
+        denominator = root(exp_avg_sq * (1.0 / c.bias_correction2))
+        scale = (denominator + c.eps).reciprocal()
         if c.clip_blocks:
-            scale = torch.minimum(scale, mean_sq.rsqrt())
+            scale = torch.minimum(scale, root(mean_sq).reciprocal())
         return exp_avg_sq, scale
 
 

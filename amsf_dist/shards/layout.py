@@ -192,13 +192,14 @@ class Piece:
 
     def places(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[stop - start] int64: places in the parameter's line; the numbers are of one span."""
-        return self._span(start).places(start, stop, device)
+        return self.span_of(start).places(start, stop, device)
 
     def place(self, position: int) -> int:
         """Place in the parameter's line of one number, by its position in the flat line."""
-        return self._span(position).place(position)
+        return self.span_of(position).place(position)
 
-    def _span(self, position: int) -> Span:
+    def span_of(self, position: int) -> Span:
+        """Which numbers of the parameter lie around a position in the flat line."""
         return next(span for span in reversed(self.spans) if span.position <= position)
 
 

@@ -37,6 +37,14 @@ class Section:
     first_block: int
     num_blocks: int
 
+    def clip(self, start: int, stop: int) -> Iterator[Section]:
+        """Numbers [start, stop) of it."""
+        start, stop = max(start, self.start), min(stop, self.stop)
+        if start < stop:
+            size = (self.stop - self.start) // self.num_blocks
+            blocks, phase = divmod(start - self.start, size)
+            yield from Run(start, stop - start, phase, size, self.first_block + blocks).sections()
+
 
 @dataclass(frozen=True)
 class Run:

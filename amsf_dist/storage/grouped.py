@@ -25,6 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amsf_dist.roots import root
+
 __all__ = [
     "BEND",
     "GROUP",
@@ -83,7 +85,7 @@ def encode(
     scale = scales.to(torch.float32).unsqueeze(1)
 
     # the largest k with k (k + 32) <= |v| / scale
-    below = (magnitude / scale).add_(BEND**2 // 4).sqrt_()
+    below = root((magnitude / scale).add_(BEND**2 // 4))
     below = below.sub_(BEND // 2).floor_()
     beyond = magnitude - below * (below + BEND) * scale
     step = (2.0 * below + (BEND + 1)) * scale

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "amsf_dist"
 FLOORS = (
-    ("rules", "hyper"),
+    ("rules", "hyper", "roots"),
     ("names", "architecture", "patterns", "blocks", "storage"),
     ("shards",),
     (

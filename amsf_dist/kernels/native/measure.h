@@ -1,0 +1,145 @@
+// Block sums of squares (docs/algorithm.md (2)): one read of the gradient.
+#pragma once
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace amsf {
+
+typedef float Lanes __attribute__((vector_size(64)));
+constexpr int WIDTH = 16;
+constexpr int64_t FLUSH = 4096;  // numbers whose squares are added in fp32 before fp64 takes over
+
+// fp32 in 64 lanes, always the same ones for the same place in [at, at + n): no thread count, and
+// no instruction set, changes a sum.
+inline double squares_of(const float* numbers, int64_t n) {
+  double total = 0.0;
+  for (int64_t from = 0; from < n; from += FLUSH) {
+    const int64_t stop = n - from < FLUSH ? n : from + FLUSH;
+    Lanes sum[4] = {};
+    int64_t i = from;
+    for (; i + 4 * WIDTH <= stop; i += 4 * WIDTH) {
+      for (int k = 0; k < 4; ++k) {
+        Lanes x;
+        std::memcpy(&x, numbers + i + k * WIDTH, sizeof x);
+        sum[k] += x * x;
+      }
+    }
+    for (; i + WIDTH <= stop; i += WIDTH) {
+      Lanes x;
+      std::memcpy(&x, numbers + i, sizeof x);
+      sum[0] += x * x;
+    }
+    float rest = 0.0f;
+    for (; i < stop; ++i) rest += numbers[i] * numbers[i];
+    const Lanes all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float lanes[WIDTH];
+    std::memcpy(lanes, &all, sizeof all);
+    for (int half = WIDTH / 2; half; half /= 2)
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    total += static_cast<double>(lanes[0] + rest);
+  }
+  return total;
+}
+
+inline double squares_at(const Piece& piece, int64_t at, int64_t n) {
+  if (piece.gradient_format == FP32)
+    return squares_of(static_cast<const float*>(piece.gradient) + at, n);
+  alignas(64) float numbers[FLUSH];
+  double total = 0.0;
+  for (int64_t from = 0; from < n; from += FLUSH) {
+    const int part = static_cast<int>(n - from < FLUSH ? n - from : FLUSH);
+    load_plain(piece.gradient_format, piece.gradient, at + from, part, numbers);
+    total += squares_of(numbers, part);
+  }
+  return total;
+}
+
+inline void add_columns(const Piece& piece, int64_t at, int64_t n, float* __restrict columns) {
+  alignas(64) float numbers[BATCH];
+  for (int64_t from = 0; from < n; from += BATCH) {
+    const int part = static_cast<int>(n - from < BATCH ? n - from : BATCH);
+    load_plain(piece.gradient_format, piece.gradient, at + from, part, numbers);
+    for (int i = 0; i < part; ++i) columns[from + i] += numbers[i] * numbers[i];
+  }
+}
+
+// Tiles that are measured together: their sums of columns share a row of the scratch.
+struct Strip {
+  const Piece* piece;
+  int64_t first, stop;     // tiles
+  int64_t columns = 0, scratch = 0;
+  double sum = 0.0;        // of the one block, where a tile has no more
+};
+
+inline void measure_strip(Strip& strip, float* scratch) {
+  const Piece& piece = *strip.piece;
+  for (int64_t t = strip.first; t < strip.stop; ++t) {
+    const Tile& tile = piece.tiles[t];
+    if (piece.elementwise) {
+      strip.sum = squares_at(piece, tile.start, tile.stop - tile.start);
+      return;
+    }
+    const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
+    for (int64_t b = 0; b < tile.num_blocks; ++b) {
+      const int64_t at = tile.start + b * numel;
+      const double sum = squares_at(piece, at, numel);
+      if (tile.num_blocks > 1)
+        piece.sums[tile.first_block + b] += static_cast<float>(sum);
+      else
+        strip.sum = sum;  // other tiles may have other parts of the block
+      if (strip.columns) add_columns(piece, at, numel, scratch + strip.scratch);
+    }
+  }
+}
+
+inline void measure(const Piece* pieces, int64_t count, int threads) {
+  constexpr int64_t STRIP = 16;
+  std::vector<Strip> strips;
+  int64_t scratch_numel = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    const Piece& piece = pieces[p];
+    for (int64_t t = 0; t < piece.num_tiles;) {
+      Strip strip;
+      strip.piece = &piece, strip.first = t, strip.stop = t + 1;
+      const Tile& tile = piece.tiles[t];
+      if (piece.column_sums) {
+        strip.columns = (tile.stop - tile.start) / tile.num_blocks;
+        strip.scratch = scratch_numel;
+        scratch_numel += strip.columns;
+        for (; strip.stop < piece.num_tiles && strip.stop < t + STRIP; ++strip.stop) {
+          const Tile& next = piece.tiles[strip.stop];
+          const bool whole = tile.num_blocks > 1 && next.num_blocks > 1;
+          const int64_t columns = (next.stop - next.start) / next.num_blocks;
+          if (!whole || next.column != tile.column || columns != strip.columns) break;
+        }
+      }
+      t = strip.stop;
+      strips.push_back(strip);
+    }
+  }
+  std::vector<float> scratch(scratch_numel);
+  const int64_t num_strips = static_cast<int64_t>(strips.size());
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t s = 0; s < num_strips; ++s) measure_strip(strips[s], scratch.data());
+
+  for (const Strip& strip : strips) {  // what several strips add to, in their order
+    const Piece& piece = *strip.piece;
+    const Tile& tile = piece.tiles[strip.first];
+    if (strip.columns) {
+      double whole = 0.0;
+      const float* columns = scratch.data() + strip.scratch;
+      for (int64_t i = 0; i < strip.columns; ++i) {
+        piece.column_sums[tile.column + i] += columns[i];
+        whole += static_cast<double>(columns[i]);
+      }
+      *piece.whole_sum += static_cast<float>(whole);
+    }
+    if (piece.elementwise || tile.num_blocks == 1) {
+      piece.sums[piece.elementwise ? 0 : tile.first_block] += static_cast<float>(strip.sum);
+    }
+  }
+}
+
+}  // namespace amsf

@@ -1,0 +1,233 @@
+// Second moments, weights and lines (docs/algorithm.md (2), (3), (6) to (8), (10), (11), (14)): what
+// kernels/move.py does, in batches that stay in the first-level cache. Every stage is a loop over
+// a batch, in the order of operations of the reference, compiled without contraction.
+#pragma once
+
+#include <vector>
+
+#include "tensors.h"
+
+namespace amsf {
+
+struct alignas(64) Batch {
+  float gradient[BATCH], scale[BATCH], weight[BATCH], line[BATCH];
+  uint32_t bits[BATCH];
+};
+
+inline void block_scale(const Piece& p, float* moment, float mean_sq, float* scale) {
+  *moment = p.carry2 * *moment + p.fresh2 * mean_sq;
+  const float root = std::sqrt(*moment * p.inverse_correction2);
+  *scale = 1.0f / (root + p.eps);
+}
+
+inline float clipped(float scale, float mean_sq) {
+  const float limit = 1.0f / std::sqrt(mean_sq);
+  return scale < limit ? scale : limit;
+}
+
+inline void scale_blocks(const Piece& piece) {
+  for (int64_t b = 0; b < piece.num_blocks; ++b) {
+    const float mean_sq = piece.sums[b] / piece.block_numel;
+    block_scale(piece, piece.moments + b, mean_sq, piece.scale + b);
+    if (piece.clips_blocks) piece.scale[b] = clipped(piece.scale[b], mean_sq);
+  }
+}
+
+// The factor of every number's gradient.
+inline void spread_scale(const Piece& p, const Tile& tile, int64_t at, int n, Batch& batch) {
+  if (p.elementwise) {
+    float* __restrict moments = p.moments + tile.first_block + (at - tile.start);
+    float* __restrict scale = batch.scale;
+    for (int i = 0; i < n; ++i) {
+      block_scale(p, moments + i, batch.gradient[i] * batch.gradient[i], scale + i);
+    }
+    if (p.clips_blocks)
+      for (int i = 0; i < n; ++i)
+        scale[i] = clipped(scale[i], batch.gradient[i] * batch.gradient[i]);
+    return;
+  }
+  const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
+  int64_t block = (at - tile.start) / numel, inside = (at - tile.start) % numel;
+  for (int i = 0; i < n; ++block, inside = 0) {
+    const int64_t left = numel - inside;
+    const int end = left < n - i ? i + static_cast<int>(left) : n;
+    const float scale = p.scale[tile.first_block + block];
+    if (p.column_scale) {
+      const float* __restrict columns = p.column_scale + tile.column + inside - i;
+      for (int k = i; k < end; ++k) batch.scale[k] = scale * columns[k];
+    } else {
+      for (int k = i; k < end; ++k) batch.scale[k] = scale;
+    }
+    i = end;
+  }
+}
+
+// (6) to (8): a lr, b average, c direct, d keep, e decay.
+template <bool DECAYS> inline void schedule_free(const Piece& p, int n, Batch& batch) {
+  const float lr = p.a, average = p.b, direct = p.c, keep = p.d, decay = p.e;
+  for (int i = 0; i < n; ++i) {
+    float weight = batch.weight[i];
+    float update = batch.gradient[i] * batch.scale[i];
+    if (DECAYS) update = update + decay * weight;
+    const float gap = batch.line[i] + lr * update;
+    weight = weight - average * gap;
+    batch.weight[i] = weight - direct * update;
+    batch.line[i] = keep * gap;
+  }
+}
+
+// (10), (11): a lr, b keep, c forget1, d fresh1.
+template <bool DECAYS> inline void ema(const Piece& p, int n, Batch& batch) {
+  const float lr = p.a, keep = p.b, forget1 = p.c, fresh1 = p.d;
+  for (int i = 0; i < n; ++i) {
+    float weight = batch.weight[i];
+    const float line = batch.line[i] + (fresh1 * batch.gradient[i] - forget1 * batch.line[i]);
+    if (DECAYS) weight = keep * weight;
+    batch.weight[i] = weight - lr * (line * batch.scale[i]);
+    batch.line[i] = line;
+  }
+}
+
+template <Format F> inline void load_weight_16(const Piece& p, int64_t at, int n, float* to) {
+  const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + at;
+  if (p.weight_kind == KAHAN) {
+    load_kahan<F>(weight, static_cast<const uint16_t*>(p.error) + at, n, to);
+  } else if (p.weight_kind == SPLIT && p.error_bits == 8) {
+    load_split<F, int8_t, 8>(weight, static_cast<const int8_t*>(p.error) + at, n, to);
+  } else if (p.weight_kind == SPLIT) {
+    load_split<F, int16_t, LOW_BITS[F]>(weight, static_cast<const int16_t*>(p.error) + at, n, to);
+  } else {
+    load_16<F>(weight, n, to);
+  }
+}
+
+template <Format F> inline void store_weight_16(const Piece& p, int64_t at, int n, Batch& batch) {
+  uint16_t* weight = static_cast<uint16_t*>(p.weight) + at;
+  if (p.weight_kind == KAHAN) {
+    store_kahan<F>(batch.weight, n, weight, static_cast<uint16_t*>(p.error) + at);
+  } else if (p.weight_kind == SPLIT && p.error_bits == 8) {
+    store_split<F, int8_t, 8>(batch.weight, n, weight, static_cast<int8_t*>(p.error) + at);
+  } else if (p.weight_kind == SPLIT) {
+    store_split<F, int16_t, LOW_BITS[F]>(batch.weight, n, weight,
+                                         static_cast<int16_t*>(p.error) + at);
+  } else if (p.weight_kind == STOCHASTIC) {
+    store_at_random<F>(batch.weight, batch.bits, n, weight);
+  } else {
+    store_16<F>(batch.weight, n, weight);
+  }
+}
+
+// Numbers [i, i + size) of the batch lie in one group.
+template <typename Take>
+inline void by_group(const Tile& tile, int64_t at, int n, Take take) {
+  const int64_t before = at - tile.start + tile.phase;
+  int64_t group = tile.first_group + before / GROUP;
+  int size = GROUP - static_cast<int>(before % GROUP);
+  for (int i = 0; i < n; i += size, ++group, size = GROUP) {
+    if (size > n - i) size = n - i;
+    take(i, size, group);
+  }
+}
+
+inline void load_line(const Piece& p, const Tile& tile, int64_t at, int n, float* to) {
+  if (p.line_kind == LINE_FP32) return load_plain(FP32, p.line, at, n, to);
+  if (p.line_kind == LINE_BF16) return load_plain(BF16, p.line, at, n, to);
+  const int8_t* codes = static_cast<const int8_t*>(p.line) + at;
+  by_group(tile, at, n, [&](int i, int size, int64_t group) {
+    if (size == GROUP)
+      decode<GROUP>(codes + i, size, p.scales_before[group], to + i);
+    else
+      decode<0>(codes + i, size, p.scales_before[group], to + i);
+  });
+}
+
+inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, uint64_t word,
+                       Batch& batch) {
+  if (p.line_kind == LINE_FP32) {
+    std::memcpy(static_cast<float*>(p.line) + at, batch.line, n * sizeof(float));
+    return;
+  }
+  if (p.line_kind == LINE_BF16) {
+    draw(word, n, batch.bits);
+    store_at_random<BF16>(batch.line, batch.bits, n, static_cast<uint16_t*>(p.line) + at);
+    return;
+  }
+  int8_t* codes = static_cast<int8_t*>(p.line) + at;
+  const int64_t last =
+      tile.first_group + (tile.stop - tile.start + tile.phase - 1) / GROUP;
+  by_group(tile, at, n, [&](int i, int size, int64_t group) {
+    float peak = 0.0f;
+    if (group == tile.first_group && tile.first_shared >= 0) peak = p.peaks[tile.first_shared];
+    if (group == last && tile.last_shared >= 0 && p.peaks[tile.last_shared] > peak)
+      peak = p.peaks[tile.last_shared];
+    const float* values = batch.line + i;
+    if (size == GROUP)
+      encode<GROUP>(values, word + i * GAMMA, size, peak, codes + i, p.scales + group);
+    else
+      encode<0>(values, word + i * GAMMA, size, peak, codes + i, p.scales + group);
+  });
+}
+
+inline void move_tile(const Piece& p, const Tile& tile) {
+  Batch batch;
+  const uint64_t weight_key = key_of(p.weight_family, p.step);
+  const uint64_t line_key = key_of(p.line_family, p.step);
+  int n = 0;
+  for (int64_t at = tile.start; at < tile.stop; at += n) {
+    n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
+    if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
+    const int64_t place = tile.place + (at - tile.start);
+
+    load_plain(p.gradient_format, p.gradient, at, n, batch.gradient);
+    if (p.scales_gradient)
+      for (int i = 0; i < n; ++i) batch.gradient[i] *= p.factor;
+    spread_scale(p, tile, at, n, batch);
+    if (p.weight_format == FP32)
+      load_plain(FP32, p.weight, at, n, batch.weight);
+    else if (p.weight_format == BF16)
+      load_weight_16<BF16>(p, at, n, batch.weight);
+    else
+      load_weight_16<FP16>(p, at, n, batch.weight);
+    load_line(p, tile, at, n, batch.line);
+
+    if (p.rule == 0)
+      p.decays ? schedule_free<true>(p, n, batch) : schedule_free<false>(p, n, batch);
+    else
+      p.decays ? ema<true>(p, n, batch) : ema<false>(p, n, batch);
+
+    if (p.weight_kind == STOCHASTIC) draw(word_at(weight_key, place), n, batch.bits);
+    if (p.weight_format == FP32)
+      std::memcpy(static_cast<float*>(p.weight) + at, batch.weight, n * sizeof(float));
+    else if (p.weight_format == BF16)
+      store_weight_16<BF16>(p, at, n, batch);
+    else
+      store_weight_16<FP16>(p, at, n, batch);
+    store_line(p, tile, at, n, word_at(line_key, place), batch);
+  }
+}
+
+inline void move(const Piece* pieces, int64_t count, int threads) {
+  std::vector<int64_t> ends(count);  // tiles up to and with every piece
+  int64_t total = 0;
+  for (int64_t p = 0; p < count; ++p) ends[p] = total += pieces[p].num_tiles;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t p = 0; p < count; ++p)
+      if (!pieces[p].elementwise && !pieces[p].scaled) scale_blocks(pieces[p]);
+    // from the end: the gradients that were measured last may still be in a cache
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t job = 0; job < total; ++job) {
+      const int64_t tile = total - 1 - job;
+      int64_t low = 0, high = count - 1;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (ends[middle] > tile) high = middle; else low = middle + 1;
+      }
+      const Piece& piece = pieces[low];
+      move_tile(piece, piece.tiles[tile - (ends[low] - piece.num_tiles)]);
+    }
+  }
+}
+
+}  // namespace amsf
