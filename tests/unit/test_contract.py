@@ -180,7 +180,7 @@ def test_a_scheduler_of_torch_sets_the_learning_rate(averaging: str, name: str) 
 def test_one_cycle_with_its_momentum_cycle_is_that_of_adamw() -> None:
     """It also moves beta1, in optimizers that call it betas[0]."""
     model, theirs = Little(torch.float64), Little(torch.float64)
-    optimizer = AMSF(model, averaging="ema", blocks="element", lr=LR)
+    optimizer = AMSF(model, averaging="ema", blocks="element", lr=LR, betas=(0.9, 0.95))
     adamw = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     for net, its in ((model, optimizer), (theirs, adamw)):
         fit(net, its, 10, scheduler=lr_scheduler.OneCycleLR(its, max_lr=LR, total_steps=12))
