@@ -11,8 +11,8 @@ __all__ = ["root"]
 def root(values: Tensor) -> Tensor:
     """The square root, rounded to nearest.
 
-    GPUs and C++ round it so. torch on a CPU may ask MKL, whose fp32 root is now and then the
-    neighbour; the root in fp64, rounded once more, is right.
+    C++ rounds it so. torch's fp32 root on a CPU is now and then the neighbour; the root in fp64,
+    rounded once more, is right.
 
     Args:
         values: [...] fp32 or fp64.

@@ -9,6 +9,7 @@ namespace amsf {
 
 typedef float Lanes __attribute__((vector_size(64)));
 constexpr int WIDTH = 16;
+constexpr int64_t AHEAD = 512;   // numbers, of a prefetch
 constexpr int64_t FLUSH = 4096;  // numbers whose squares are added in fp32 before fp64 takes over
 
 // fp32 in 64 lanes, always the same ones for the same place in [at, at + n): no thread count, and
@@ -25,6 +26,7 @@ inline double squares_of(const float* numbers, int64_t n) {
         std::memcpy(&x, numbers + i + k * WIDTH, sizeof x);
         sum[k] += x * x;
       }
+      fetch(numbers + i + AHEAD, 4 * sizeof(Lanes));
     }
     for (; i + WIDTH <= stop; i += WIDTH) {
       Lanes x;

@@ -62,29 +62,63 @@ inline void spread_scale(const Piece& p, const Tile& tile, int64_t at, int n, Ba
   }
 }
 
-// (6) to (8): a lr, b average, c direct, d keep, e decay.
-template <bool DECAYS> inline void schedule_free(const Piece& p, int n, Batch& batch) {
+// (6) to (8): a lr, b average, c direct, d keep, e decay. `scale` may be a number or one for each.
+template <bool DECAYS, typename Scale>
+inline void schedule_free(const Piece& p, int64_t n, const float* __restrict gradient, Scale scale,
+                          float* __restrict weights, float* __restrict gaps) {
   const float lr = p.a, average = p.b, direct = p.c, keep = p.d, decay = p.e;
-  for (int i = 0; i < n; ++i) {
-    float weight = batch.weight[i];
-    float update = batch.gradient[i] * batch.scale[i];
+  for (int64_t i = 0; i < n; ++i) {
+    float weight = weights[i];
+    float update = gradient[i] * scale(i);
     if (DECAYS) update = update + decay * weight;
-    const float gap = batch.line[i] + lr * update;
+    const float gap = gaps[i] + lr * update;
     weight = weight - average * gap;
-    batch.weight[i] = weight - direct * update;
-    batch.line[i] = keep * gap;
+    weights[i] = weight - direct * update;
+    gaps[i] = keep * gap;
   }
 }
 
 // (10), (11): a lr, b keep, c forget1, d fresh1.
-template <bool DECAYS> inline void ema(const Piece& p, int n, Batch& batch) {
+template <bool DECAYS, typename Scale>
+inline void ema(const Piece& p, int64_t n, const float* __restrict gradient, Scale scale,
+                float* __restrict weights, float* __restrict lines) {
   const float lr = p.a, keep = p.b, forget1 = p.c, fresh1 = p.d;
-  for (int i = 0; i < n; ++i) {
-    float weight = batch.weight[i];
-    const float line = batch.line[i] + (fresh1 * batch.gradient[i] - forget1 * batch.line[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    float weight = weights[i];
+    const float line = lines[i] + (fresh1 * gradient[i] - forget1 * lines[i]);
     if (DECAYS) weight = keep * weight;
-    batch.weight[i] = weight - lr * (line * batch.scale[i]);
-    batch.line[i] = line;
+    weights[i] = weight - lr * (line * scale(i));
+    lines[i] = line;
+  }
+}
+
+template <typename Scale>
+inline void move_numbers(const Piece& p, int64_t n, const float* gradient, Scale scale,
+                         float* weights, float* lines) {
+  if (p.rule == 0 && p.decays)
+    schedule_free<true>(p, n, gradient, scale, weights, lines);
+  else if (p.rule == 0)
+    schedule_free<false>(p, n, gradient, scale, weights, lines);
+  else if (p.decays)
+    ema<true>(p, n, gradient, scale, weights, lines);
+  else
+    ema<false>(p, n, gradient, scale, weights, lines);
+}
+
+// All in fp32, a factor per block: one loop over the memory itself, which is then never waited for.
+inline bool in_place(const Piece& p) {
+  return p.gradient_format == FP32 && p.weight_format == FP32 && p.line_kind == LINE_FP32 &&
+         !p.elementwise && !p.column_scale && !p.scales_gradient;
+}
+
+inline void move_in_place(const Piece& p, const Tile& tile) {
+  const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
+  for (int64_t b = 0; b < tile.num_blocks; ++b) {
+    const int64_t at = tile.start + b * numel;
+    const float factor = p.scale[tile.first_block + b];
+    move_numbers(
+        p, numel, static_cast<const float*>(p.gradient) + at, [=](int64_t) { return factor; },
+        static_cast<float*>(p.weight) + at, static_cast<float*>(p.line) + at);
   }
 }
 
@@ -168,16 +202,38 @@ inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, uint
   });
 }
 
+// Of one number, in each of the memories that a step reads.
+struct Bytes {
+  int gradient, weight, error, line;
+};
+
+inline Bytes bytes_of(const Piece& p) {
+  const int error = p.weight_kind == KAHAN ? 2 : p.weight_kind == SPLIT ? p.error_bits / 8 : 0;
+  const int line = p.line_kind == LINE_FP32 ? 4 : p.line_kind == LINE_BF16 ? 2 : 1;
+  return {p.gradient_format == FP32 ? 4 : 2, p.weight_format == FP32 ? 4 : 2, error, line};
+}
+
+inline void fetch_ahead(const Piece& p, int64_t at, const Bytes& bytes) {
+  fetch(static_cast<const char*>(p.gradient) + at * bytes.gradient, BATCH * bytes.gradient);
+  fetch(static_cast<const char*>(p.weight) + at * bytes.weight, BATCH * bytes.weight);
+  if (bytes.error)
+    fetch(static_cast<const char*>(p.error) + at * bytes.error, BATCH * bytes.error);
+  fetch(static_cast<const char*>(p.line) + at * bytes.line, BATCH * bytes.line);
+}
+
 inline void move_tile(const Piece& p, const Tile& tile) {
+  if (in_place(p)) return move_in_place(p, tile);
   Batch batch;
   const uint64_t weight_key = key_of(p.weight_family, p.step);
   const uint64_t line_key = key_of(p.line_family, p.step);
+  const Bytes bytes = bytes_of(p);
   int n = 0;
   for (int64_t at = tile.start; at < tile.stop; at += n) {
     n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
     const int64_t place = tile.place + (at - tile.start);
 
+    fetch_ahead(p, at + 2 * BATCH, bytes);
     load_plain(p.gradient_format, p.gradient, at, n, batch.gradient);
     if (p.scales_gradient)
       for (int i = 0; i < n; ++i) batch.gradient[i] *= p.factor;
@@ -190,10 +246,9 @@ inline void move_tile(const Piece& p, const Tile& tile) {
       load_weight_16<FP16>(p, at, n, batch.weight);
     load_line(p, tile, at, n, batch.line);
 
-    if (p.rule == 0)
-      p.decays ? schedule_free<true>(p, n, batch) : schedule_free<false>(p, n, batch);
-    else
-      p.decays ? ema<true>(p, n, batch) : ema<false>(p, n, batch);
+    const float* scale = batch.scale;
+    move_numbers(
+        p, n, batch.gradient, [=](int64_t i) { return scale[i]; }, batch.weight, batch.line);
 
     if (p.weight_kind == STOCHASTIC) draw(word_at(weight_key, place), n, batch.bits);
     if (p.weight_format == FP32)
