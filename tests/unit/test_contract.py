@@ -108,7 +108,9 @@ def test_zero_grad_forgets_or_zeroes() -> None:
 
 def test_gradients_of_zero_only_decay_and_average() -> None:
     model, theirs = Little(), Little()
-    optimizer = AMSF(model, lr=LR, averaging="ema", blocks="element", weight_decay=0.1)
+    optimizer = AMSF(
+        model, lr=LR, averaging="ema", blocks="element", weight_decay=0.1, betas=(0.9, 0.95)
+    )
     adamw = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     for net, its in ((model, optimizer), (theirs, adamw)):
         for param in net.parameters():
@@ -269,7 +271,7 @@ def test_a_grad_scaler_changes_nothing_but_skips_overflows(averaging: str) -> No
 
 def test_autocast_trains_as_it_does_with_torch_s_own() -> None:
     model, theirs = Little(), Little()
-    ours = AMSF(model, lr=LR, averaging="ema", blocks="element")
+    ours = AMSF(model, lr=LR, averaging="ema", blocks="element", betas=(0.9, 0.95))
     adamw = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         fit(model, ours, 3)
