@@ -24,9 +24,14 @@ __all__ = [
 
 
 def flat_line(memory: Tensor, piece: Piece) -> Tensor:
-    """Memory as the flat line the runs count in; a copy where the weight lies in another order."""
+    """Memory as the flat line the runs count in, contiguous: compiled kernels take its address.
+
+    A copy where the numbers lie in another order, apart from one another, or are one number seen
+    many times (the gradient of a sum).
+    """
     views = _views(memory, piece)
-    return views[0].reshape(-1) if len(views) == 1 else torch.cat([v.reshape(-1) for v in views])
+    line = views[0].reshape(-1) if len(views) == 1 else torch.cat([v.reshape(-1) for v in views])
+    return line.contiguous()
 
 
 def flat_tensors(memory: Sequence[Tensor], piece: Piece) -> tuple[Tensor, ...]:

@@ -279,7 +279,7 @@ def test_the_running_norm_is_near_the_exact_one() -> None:
     found, _ = run_ranks(2, clipped, "fsdp2", options, True, False)[0]
     units_differ, name = relative_error(found["y"], alone["y"], NOISE)
     assert units_differ <= 0.15, name  # other units, which have seen more or less of the norm
-    assert relative_error(alone["y"], exact["y"], NOISE)[0] <= 0.1
+    assert relative_error(alone["y"], exact["y"], NOISE)[0] <= 0.15
     assert all(0.5 < a / b < 2.0 for a, b in zip(seen, norms, strict=True))
 
 

@@ -167,7 +167,7 @@ def test_arguments_are_the_users_but_lr_warmup_and_sizes() -> None:
     trial = scaled({"optimizer": {"type": "AMSF", "params": params}}, world_size=2)
     assert trial.named == "AMSF" and trial.config["optimizer"]["type"] == "AMSF"
     assert trial.options["lr"] == 0.02 and trial.options["warmup_steps"] == 4
-    assert trial.options["betas"] == (0.9, 0.95)
+    assert trial.options["betas"] == (0.9, 0.99)
     assert trial.options["beta"] == 1  # AMSF itself says what is wrong with it
     assert "head_dim" not in trial.options
 
