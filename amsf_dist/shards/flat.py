@@ -29,7 +29,8 @@ class FlatSlice:
         start: first number in the parameter, row-major as it is stored; [start, stop) lies here.
         stop: end in the parameter; equal to start where nothing lies here.
         boundaries: places in the parameter where another rank's part begins, on any rank.
-        axis: ranks that hold the rest.
+        axis: ranks that hold the rest of the buffer, and perhaps of the parameter.
+        sharded: whether they do; False: all hold all of it.
         moments_by_element: whether a state dict must keep block moments as large as the tensor.
     """
 
@@ -40,6 +41,7 @@ class FlatSlice:
     stop: int
     boundaries: tuple[int, ...]
     axis: Axis
+    sharded: bool = True
     moments_by_element: bool = False
 
 
@@ -62,7 +64,8 @@ def flat_layout(parts: Sequence[Part], slices: Sequence[FlatSlice]) -> Layout:
         first_sum += piece.num_sums
         num_slots += len(cut)
     axis = slices[0].axis
-    spread = any(here.boundaries for here in slices)
+    # not "if anything is cut": what lies whole on this rank is not seen by the others
+    spread = axis.size > 1 and slices[0].sharded
     return Layout(
         pieces=tuple(pieces),
         cuts=(Cut(axis, num_slots, sums, slots),) if num_slots else (),

@@ -87,5 +87,6 @@ def _slices(prefix: str, module: Any, flat: Any) -> Iterator[FlatSlice]:
             stop=end,
             boundaries=boundaries,
             axis=axis,
+            sharded=chunk < sum(flat._numels_with_padding),
             moments_by_element=True,
         )

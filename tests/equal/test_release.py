@@ -245,7 +245,10 @@ def clipped(layout: str | None, options: dict[str, Any], release: bool, by_torch
 SHARDINGS = [(None, 1), ("fsdp2", 3), ("fsdp2 HSDP", 4), ("tensor parallel x fsdp2", 4)]
 
 
-@pytest.mark.parametrize(("layout", "world_size"), SHARDINGS)
+# the last one: most parameters lie whole on one of the ranks
+@pytest.mark.parametrize(
+    ("layout", "world_size"), [*SHARDINGS, ("ddp", 2), ("fsdp1 FULL_SHARD original", 2)]
+)
 def test_max_norm_is_clip_grad_norm(layout: str | None, world_size: int) -> None:
     options = {"max_norm": 0.3}
     theirs, none = run_ranks(world_size, clipped, layout, options, False, True)[0]
