@@ -222,6 +222,11 @@ class AMSF(Stepping):
         return self._ready().holdings
 
     @property
+    def lanes(self) -> list[plan.Lane]:
+        """The same, those together that share hyper-parameters and counters."""
+        return [lane for unit in self._ready().units for lane in unit.lanes]
+
+    @property
     def parts(self) -> list[Part]:
         """Every parameter that it trains, and how it is cut."""
         if self._owner is not None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -39,9 +39,19 @@ _context.set_forkserver_preload(
         "torch.distributed.checkpoint.state_dict",
         "torch._dynamo",  # the first optimizer of a process imports it, for a second or two
         "amsf_dist",
+        "amsf_dist.kernels.native.stepper",
         "deepspeed",
     ]
 )
+
+
+def apart(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Call a function in a new process for each tuple of arguments, two at a time.
+
+    For what torch keeps beyond the end of a process group: meshes, fake groups.
+    """
+    with _context.Pool(2, maxtasksperchild=1) as pool:
+        return pool.starmap_async(function, calls, chunksize=1).get(TIMEOUT_SECONDS)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

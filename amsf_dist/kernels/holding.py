@@ -138,4 +138,4 @@ class Holding:
 
     def memory(self, tensor: Tensor) -> Tensor:
         """This rank's memory of a tensor shaped and sharded as the parameter."""
-        return self.layout.local(tensor.detach())
+        return self.layout.local(tensor).detach()  # detach() of a DTensor takes 50 us

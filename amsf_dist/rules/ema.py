@@ -54,6 +54,10 @@ class Ema(BlockMoments):
             clip_blocks=group["clip"] == "block",
         )
 
+    def told(self, counters: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The last step's learning rate, docs/algorithm.md (1)."""
+        return {"lr": warmed_up(group["lr"], counters["step"], group["warmup_steps"])}
+
     def part(self, c: _Coefficients, first: bool, last: bool, begun: Scalar) -> _Coefficients:
         """docs/release.md (16): weights move with the last part (AdamA, arXiv 2305.19982)."""
         if not first:

@@ -49,6 +49,18 @@ class Rule(Protocol):
         """
         ...
 
+    def told(self, counters: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """For people who look: "lr" after warm-up, and what else tells how the last step went.
+
+        Args:
+            counters: as they stand after it; see `advance`.
+            group: the hyper-parameters.
+
+        Returns:
+            Name -> [num_params] fp64.
+        """
+        ...
+
     def part(self, c: Coefficients, first: bool, last: bool, begun: Scalar) -> Coefficients:
         """The scalars for one part of a step whose gradient comes in parts, added into the state.
 

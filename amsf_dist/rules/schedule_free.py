@@ -63,6 +63,16 @@ class ScheduleFree(BlockMoments):
             clip_blocks=group["clip"] == "block",
         )
 
+    def told(self, counters: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The last step's learning rate, docs/algorithm.md (1), and averaging weight, (5)."""
+        step = counters["step"]
+        weight = step ** group["r"] * counters["lr_max"] ** group["weight_lr_power"]
+        total = counters["weight_sum"]
+        return {
+            "lr": warmed_up(group["lr"], step, group["warmup_steps"]),
+            "ckp1": torch.where(total > 0, weight / total, 0.0),
+        }
+
     def part(self, c: _Coefficients, first: bool, last: bool, begun: Scalar) -> _Coefficients:
         """docs/release.md (15): weights decay with the first part, the last averages."""
         if not first:
