@@ -145,11 +145,18 @@ def export(
 
 
 @app.command()
-def plot(run: Annotated[str, typer.Argument(metavar="RUN", help="output_dir of a run.")]) -> None:
-    """Draw loss.png and memory.png again from metrics.jsonl."""
-    from amsf_dist.train.charts import draw
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="output_dir of each run.")],
+    out: Annotated[
+        str, typer.Option(help="Picture of several runs side by side.", metavar="FILE")
+    ] = "comparison.png",
+) -> None:
+    """Draw loss.png and memory.png of a run again, or several runs in one picture."""
+    from amsf_dist.train.charts import draw, draw_together
 
-    for path in draw(Path(run)):
+    folders = [Path(run) for run in runs]
+    written = draw(folders[0]) if len(folders) == 1 else [draw_together(folders, Path(out))]
+    for path in written:
         typer.echo(f"wrote {path}")
 
 
@@ -165,9 +172,6 @@ def doctor(
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes to start here.")] = 2,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one collective.")] = 60.0,
-    release: Annotated[
-        bool, typer.Option("--release", help="Gradient release (single, fsdp2).")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a tiny model as CONFIG says, and compare with a plain fp64 reference."""

@@ -1,9 +1,10 @@
-"""loss.png and memory.png, drawn from metrics.jsonl alone."""
+"""loss.png and memory.png, and runs side by side, drawn from metrics.jsonl alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from amsf_dist.train.errors import UserError
 from amsf_dist.train.metrics import read_metrics
 from amsf_dist.train.optimizers import ADAMW_COMPUTED, LABELS
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_together"]
 
-_LINES = ["#1f6f8b", "#d1603d", "#5b8c5a"]
+_LINES = ["#1f6f8b", "#d1603d", "#5b8c5a", "#7a4f8f", "#b8860b", "#4d4d4d"]
 _OWNERS = {
     "weights": "#264653",
     "masters": "#325866",
@@ -51,20 +52,56 @@ def draw(directory: Path) -> list[Path]:
     return written
 
 
+def draw_together(directories: Sequence[Path], out: Path) -> Path:
+    """Draw the losses and the memory of several runs in one picture.
+
+    Args:
+        directories: `output_dir` of each; their names are the labels.
+        out: the picture.
+
+    Raises:
+        UserError: if one of them holds no run, or two would have the same label.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for directory in directories:
+        config = _config(directory)
+        label = f"{directory.resolve().name} ({LABELS[config['optimizer']]})"
+        if label in found:
+            raise UserError(f"{directory}: another run has the same name; rename one of the two")
+        found[label] = read_metrics(directory / "metrics.jsonl")
+        if not any(line["kind"] == "train" for line in found[label]):
+            raise UserError(f"{directory}/metrics.jsonl holds no step yet; leave it out")
+    figure, (left, middle, right) = _figure(3)
+    _draw_losses(left, middle, found)
+    last = {
+        label: line for label, lines in found.items() for line in lines if line["kind"] == "memory"
+    }
+    if last:
+        _draw_memory(right, {label: line["owners"] for label, line in last.items()}, turned=True)
+    else:
+        right.set_axis_off()
+    return _save(figure, out)
+
+
 def _runs(directory: Path) -> dict[str, Path]:
     """Return label -> folder, the main run first."""
-    try:
-        config = yaml.safe_load((directory / "config.yaml").read_text())
-    except OSError as error:
-        raise UserError(
-            f"{directory}/config.yaml: {error.strerror}; "
-            "give the output_dir of a run that `amsf train` has begun"
-        ) from None
+    config = _config(directory)
     found = {LABELS[config["optimizer"]]: directory}
     for name in config["compare"]:
         if (directory / name / "metrics.jsonl").is_file():
             found[LABELS[name]] = directory / name
     return found
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = yaml.safe_load((directory / "config.yaml").read_text())
+    except OSError as error:
+        raise UserError(
+            f"{directory}/config.yaml: {error.strerror}; "
+            "give the output_dir of a run that `amsf train` has begun"
+        ) from None
+    return config
 
 
 def _owners(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, int]]:
@@ -82,7 +119,12 @@ def _owners(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, int
 
 def _loss_chart(runs: Mapping[str, list[dict[str, Any]]]) -> Any:
     figure, (left, right) = _figure(2)
-    for (label, lines), color in zip(runs.items(), _LINES, strict=False):
+    _draw_losses(left, right, runs)
+    return figure
+
+
+def _draw_losses(left: Any, right: Any, runs: Mapping[str, list[dict[str, Any]]]) -> None:
+    for (label, lines), color in zip(runs.items(), cycle(_LINES), strict=False):
         for axis, kind, key in ((left, "train", "loss"), (right, "validation", "bits_per_byte")):
             points = [line for line in lines if line["kind"] == kind and line[key] is not None]
             axis.plot(
@@ -99,11 +141,16 @@ def _loss_chart(runs: Mapping[str, list[dict[str, Any]]]) -> Any:
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
-    return figure
 
 
 def _memory_chart(runs: Mapping[str, Mapping[str, int]]) -> Any:
     figure, (axis,) = _figure(1)
+    _draw_memory(axis, runs)
+    return figure
+
+
+def _draw_memory(axis: Any, runs: Mapping[str, Mapping[str, int]], turned: bool = False) -> None:
+    """Stacked bars; turned: long labels under many of them do not touch."""
     scale, unit = _unit(max(sum(owners.values()) for owners in runs.values()))
     bottom = [0.0] * len(runs)
     seen = dict.fromkeys(owner for owners in runs.values() for owner in owners)
@@ -118,12 +165,13 @@ def _memory_chart(runs: Mapping[str, Mapping[str, int]]) -> Any:
         axis.text(place, total, f"{total:.1f} {unit}", ha="center", va="bottom")
     axis.set(title="Memory of process 0, without activations", ylabel=unit)
     axis.margins(y=0.12)
+    if turned:
+        axis.tick_params(axis="x", rotation=25)
     axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(
         handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5)
     )
-    return figure
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -101,6 +101,12 @@ class LogConfig(_Section):
     """Steps between two lines of metrics.jsonl (and of the log, where there is no terminal)."""
     tensorboard: bool = False
     wandb: bool = False
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Rank 0 answers Prometheus on this port; null: nothing listens."""
+    prometheus_host: str = "127.0.0.1"
+    """The address it listens on; 0.0.0.0 for other machines too (there is no password)."""
+    diagnostics_every: Count | None = 100
+    """Steps between two looks at how AMSF moves the weights (kind `optimizer`); null: none."""
 
 
 class SampleConfig(_Section):

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from amsf_dist.diagnostics import StepWatch
+from amsf_dist.optimizer import AMSF
 from amsf_dist.train import checkpoint
 from amsf_dist.train.batches import TrainBatches
 from amsf_dist.train.config import Config
@@ -90,8 +92,11 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
     skipped, skipped_in_a_row = 0, 0
     done, reason = first_step, None
     while done < config.steps and reason is None:
+        watch = _watch(run, done + 1)
         start = time.perf_counter()
         loss, moved = _step(run, batches, done)
+        seconds = time.perf_counter() - start
+        told = watch.after() if watch is not None else None
         # One small reduction settles what all must see alike: the loss, whether every process has
         # moved, and whether to stop.
         stops = run.stop.reason() is not None
@@ -101,12 +106,16 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
         skipped += skipped_in_a_row > 0
         run.report.step(
             done,
-            time.perf_counter() - start,
+            seconds,
             loss=total / run.world.size,
             grad_norm=moved.norm,
             lr=float(run.trainer.optimizer.param_groups[0]["lr"]),
             skipped_steps=skipped,
         )
+        if done == first_step + 1:
+            run.report.memory(done, run.trainer.memory(), run.trainer.other_memory())
+        if watch is not None and told is not None:
+            run.report.optimizer(done, told, watch.by_parameter)
         if skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"step {done}: no finite gradient in {MAX_SKIPPED} steps; lower the learning rate, "
@@ -119,6 +128,16 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
         if asked or done % config.save_every == 0 or done == config.steps:
             run.save(done)
     return done, reason
+
+
+def _watch(run: Run, step: int) -> StepWatch | None:
+    """Look at this step, if it is one of those to look at."""
+    every, optimizer = run.config.log.diagnostics_every, run.trainer.optimizer
+    if every is None or step % every or not isinstance(optimizer, AMSF):
+        return None
+    watch = StepWatch(optimizer)
+    watch.before()
+    return watch
 
 
 def _step(run: Run, batches: TrainBatches, step: int) -> tuple[float, Moved]:

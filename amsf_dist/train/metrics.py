@@ -34,7 +34,7 @@ class MetricsFile:
         """Append a line and hand it to the operating system.
 
         Args:
-            kind: `train`, `validation`, `memory`.
+            kind: `train`, `validation`, `optimizer`, `memory`.
             step: steps done.
             **values: numbers, text, dictionaries; a number that is not finite becomes null.
         """

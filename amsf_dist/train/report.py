@@ -7,12 +7,15 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from amsf_dist.diagnostics import Figures
 from amsf_dist.train.config import Config
 from amsf_dist.train.evaluation import Validation
 from amsf_dist.train.metrics import MetricsFile
@@ -115,10 +118,26 @@ class Report:
             f"validation {result.bits_per_byte:.4f} bits/byte (loss {result.loss:.4f})"
         )
 
+    def optimizer(self, done: int, total: Figures, by_parameter: Mapping[str, Figures]) -> None:
+        """Tell how the optimizer's step went; see `amsf_dist.diagnostics`.
+
+        Args:
+            done: steps done.
+            total: of all parameters.
+            by_parameter: of each; its stale share goes into the file.
+        """
+        if not self._speaks:
+            return
+        values = asdict(total)
+        stale = {name: figures.stale for name, figures in by_parameter.items()}
+        self._metrics.write("optimizer", done, **values, stale_by_parameter=stale)
+        self._track(done, {f"optimizer/{name}": value for name, value in values.items()})
+
     def memory(self, done: int, owners: dict[str, int], others: dict[str, dict[str, int]]) -> None:
         """Write the bytes by owner on the main process, and of what could be in its place."""
         if self._speaks:
             self._metrics.write("memory", done, owners=owners, others=others)
+            self._track(done, {f"memory/{owner}": float(size) for owner, size in owners.items()})
 
     def say(self, text: str) -> None:
         """Log a line above the bar."""

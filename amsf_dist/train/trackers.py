@@ -1,8 +1,10 @@
-"""TensorBoard and Weights & Biases, for those who ask; imported only then."""
+"""TensorBoard, Weights & Biases and Prometheus, for those who ask; imported only then."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,13 +57,50 @@ class _Wandb:
         self._run.finish()
 
 
+class _Prometheus:
+    """The newest numbers as gauges: `amsf_train_loss`, and `amsf_step`."""
+
+    def __init__(self, host: str, port: int) -> None:
+        from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+        registry = CollectorRegistry()
+        self._new_gauge = partial(Gauge, namespace="amsf", registry=registry)
+        self._gauges = {"step": self._new_gauge("step", "Steps done")}
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise UserError(
+                f"log.prometheus_port={port} on {host}: {error.strerror}; choose another one"
+            ) from None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in {"step": float(step), **values}.items():
+            known = re.sub(r"[^a-zA-Z0-9_]", "_", name)
+            if known not in self._gauges:
+                self._gauges[known] = self._new_gauge(known, f"{name} of the newest step told of")
+            self._gauges[known].set(value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 def check_trackers(config: Config) -> None:
     """Raise a UserError if a package that the config asks for is not installed."""
-    for name in ("tensorboard", "wandb"):
-        if getattr(config.log, name) and importlib.util.find_spec(name) is None:
+    log = config.log
+    asked = {
+        "tensorboard": ("tensorboard", "tensorboard=false") if log.tensorboard else None,
+        "wandb": ("wandb", "wandb=false") if log.wandb else None,
+        "prometheus_client": ("prometheus_port", "prometheus_port=null")
+        if log.prometheus_port is not None
+        else None,
+    }
+    for package, keys in asked.items():
+        if keys is not None and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"log.{name}: the package {name} is not installed; "
-                f"pip install {name}, or set log.{name}=false"
+                f"log.{keys[0]}: the package {package} is not installed; "
+                f"pip install {package}, or set log.{keys[1]}"
             )
 
 
@@ -72,4 +111,6 @@ def open_trackers(config: Config, directory: Path) -> list[Tracker]:
         trackers.append(_TensorBoard(directory))
     if config.log.wandb:
         trackers.append(_Wandb(directory, config))
+    if config.log.prometheus_port is not None:
+        trackers.append(_Prometheus(config.log.prometheus_host, config.log.prometheus_port))
     return trackers

@@ -31,7 +31,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         compare=["adamw"],
         eval_every=1,
         sample={"prompt": "the lazy", "tokens": 20},
-        log={"tensorboard": True},
+        log={"tensorboard": True, "diagnostics_every": 2},
     )
     out, _ = run("train", config)
     return directory / "run", out
@@ -41,7 +41,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on two processes under FSDP2; its folder holds the config."""
     directory = tmp_path_factory.mktemp("sharded")
-    run("train", write_config(directory, eval_every=1, **TWO))
+    run("train", write_config(directory, eval_every=1, log={"diagnostics_every": 2}, **TWO))
     return directory
 
 
@@ -163,6 +163,31 @@ def test_the_baseline_sees_the_same_batches_from_the_same_weights(
     assert "AMSF" in out and "AdamW + cosine" in out
     assert metrics(directory, "train")[1] == metrics(directory / "adamw", "train")[1]
     assert list((directory / "tensorboard").glob("events*"))
+
+
+def test_the_optimizers_figures_are_those_of_one_process(
+    single: tuple[Path, str], sharded: Path
+) -> None:
+    for figure in ("lr", "ckp1", "distance", "stale", "clipped"):
+        alone = metrics(single[0], "optimizer", figure)
+        assert list(alone) == [2, 4, 6]
+        assert metrics(sharded / "run", "optimizer", figure) == pytest.approx(alone, rel=1e-3)
+    stale = metrics(sharded / "run", "optimizer", "stale_by_parameter")[6]
+    assert "model.layers.1.mlp.up_proj.weight" in stale
+    assert metrics(single[0], "memory", "owners").keys() == {1, 6}  # and after the last step
+
+
+def test_plot_draws_runs_side_by_side(
+    single: tuple[Path, str], sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "both.png"
+    adamw = single[0] / "adamw"
+    (adamw / "config.yaml").write_text("{optimizer: adamw, compare: []}")
+    assert str(out) in amsf(capsys, "plot", single[0], adamw, "--out", out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):  # both are called "run"
+        cli.main(["plot", str(single[0]), str(sharded / "run")])
+    assert "another run has the same name" in capsys.readouterr().err
 
 
 def test_plot_draws_the_charts_again(

@@ -40,7 +40,7 @@ FLOORS = (
         "upstream",
     ),
     ("optimizer",),
-    ("release", "checkpoint", "conversion", "precision", "estimate"),
+    ("release", "checkpoint", "conversion", "diagnostics", "precision", "estimate"),
     ("integrations", "train", "doctor"),
     ("cli", "__main__"),
 )
@@ -50,13 +50,13 @@ FRONT_DOOR = "amsf_dist"
 HIGHEST_WITHOUT_OPTIONAL_PACKAGES = 5
 OPTIONAL = frozenset(
     "transformers deepspeed accelerate triton wandb tensorboard datasets matplotlib pydantic yaml "
-    "typer tqdm safetensors tokenizers".split()
+    "typer tqdm safetensors tokenizers prometheus_client".split()
 )
 ROOMS_OF_THEIR_OWN = {"triton": ("kernels", "triton")}
 """Folder that may import an optional package on a floor that otherwise imports none."""
 DISTRIBUTED = "torch.distributed"
 MAY_BE_DISTRIBUTED = frozenset(
-    "shards reduce exact peaks release checkpoint integrations train doctor".split()
+    "shards reduce exact peaks release diagnostics checkpoint integrations train doctor".split()
 )
 
 

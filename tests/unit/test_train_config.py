@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,25 @@ def test_a_missing_tracker_is_named_with_its_cure(
     config = load_config(write_config(tmp_path), ["log.tensorboard=true"])
     with pytest.raises(UserError, match="pip install tensorboard"):
         trackers.check_trackers(config)
+
+
+def test_prometheus_answers_with_the_newest_figures(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = load_config(write_config(tmp_path), [f"log.prometheus_port={port}"])
+    trackers.check_trackers(config)
+    (tracker,) = trackers.open_trackers(config, tmp_path)
+    tracker.write(10, {"train/loss": 2.5})
+    tracker.write(20, {"train/loss": 1.5, "memory/gap": 64.0})
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        told = answer.read().decode().splitlines()
+    assert {"amsf_step 20.0", "amsf_train_loss 1.5", "amsf_memory_gap 64.0"} <= set(told)
+    with pytest.raises(UserError, match=f"log.prometheus_port={port} on 127.0.0.1: .* choose"):
+        trackers.open_trackers(config, tmp_path)
+    tracker.close()  # a second run of the job may have the port
+    (again,) = trackers.open_trackers(config, tmp_path)
+    again.close()
 
 
 def test_the_first_shard_is_the_largest() -> None:
