@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import ranks  # noqa: F401  (sets where DeepSpeed compiles: not in the user's folder)
+import ranks  # it also sets where DeepSpeed compiles: not in the user's folder
+import torch
 import yaml
+
+from amsf_dist import cli
+from amsf_dist.train.config_file import load_config
 
 SMALL: dict[str, Any] = {
     "nproc": 1,
@@ -74,12 +80,68 @@ def start(*words: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen[st
     )
 
 
-def run(*words: object, code: int = 0, **options: Any) -> tuple[str, str]:
+def run_as_user(*words: object, code: int = 0, launcher: tuple[str, ...] = ()) -> tuple[str, str]:
     """Run `amsf` to its end, check the exit code, and return stdout and stderr."""
-    process = start(*words, **options)
+    process = start(*words, launcher=launcher)
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def train(config: Path, *overrides: str) -> tuple[str, str]:
+    """`amsf train` to its good end, without the seconds that torch takes to be imported.
+
+    On as many processes as the config says, started as torchrun starts them but from the fork
+    server, which has imported everything.
+
+    Returns:
+        stdout and stderr, of all processes one after another.
+    """
+    nproc = int(load_config(str(config), overrides).nproc)
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        processes = [
+            ranks.context.Process(
+                target=_worker, args=(folder, rank, nproc, port, ["train", str(config), *overrides])
+            )
+            for rank in range(nproc)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(200)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        out, err = (
+            "".join(Path(folder, f"{name}{rank}").read_text() for rank in range(nproc))
+            for name in ("out", "err")
+        )
+    assert codes == [0] * nproc, f"exit codes {codes}\n{out}\n{err}"
+    return out, err
+
+
+def _worker(folder: str, rank: int, nproc: int, port: int, words: list[str]) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    if nproc > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(port)
+    code = 1
+    try:
+        cli.main(words)
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo's threads must not outlive the group they wait for
 
 
 def metrics(directory: Path, kind: str, key: str = "loss") -> dict[int, float]:

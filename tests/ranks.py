@@ -30,8 +30,8 @@ os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"amsf-extensions-{_place:08x}")
 )
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "torch",
         "torch.distributed.tensor",
@@ -40,6 +40,9 @@ _context.set_forkserver_preload(
         "torch._dynamo",  # the first optimizer of a process imports it, for a second or two
         "amsf_dist",
         "amsf_dist.kernels.native.stepper",
+        "amsf_dist.train.job",
+        "amsf_dist.train.torch_trainer",
+        "transformers.models.llama.modeling_llama",
         "deepspeed",
     ]
 )
@@ -50,7 +53,7 @@ def apart(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> lis
 
     For what torch keeps beyond the end of a process group: meshes, fake groups.
     """
-    with _context.Pool(2, maxtasksperchild=1) as pool:
+    with context.Pool(2, maxtasksperchild=1) as pool:
         return pool.starmap_async(function, calls, chunksize=1).get(TIMEOUT_SECONDS)
 
 
@@ -70,7 +73,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _context.Process(target=_rank, args=(folder, rank, world_size, function, args))
+            context.Process(target=_rank, args=(folder, rank, world_size, function, args))
             for rank in range(world_size)
         ]
         for process in processes:

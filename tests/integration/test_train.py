@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jobs import metrics, run, tree, write_config
+from jobs import metrics, run_as_user, train, tree, write_config
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +33,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         sample={"prompt": "the lazy", "tokens": 20},
         log={"tensorboard": True, "diagnostics_every": 2},
     )
-    out, _ = run("train", config)
+    out, _ = train(config)
     return directory / "run", out
 
 
@@ -41,7 +41,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on two processes under FSDP2; its folder holds the config."""
     directory = tmp_path_factory.mktemp("sharded")
-    run("train", write_config(directory, eval_every=1, log={"diagnostics_every": 2}, **TWO))
+    changes = {"eval_every": 1, "log": {"diagnostics_every": 2}}
+    run_as_user("train", write_config(directory, **changes, **TWO))
     return directory
 
 
@@ -65,7 +66,7 @@ def test_two_processes_under_fsdp2_are_one(single: tuple[Path, str], sharded: Pa
 
 def test_torchrun_ddp_and_accumulation_are_one(single: tuple[Path, str], tmp_path: Path) -> None:
     config = write_config(tmp_path, nproc="auto", parallel="ddp", micro_batch_size=1, eval_every=1)
-    run("train", config, launcher=TORCHRUN)
+    run_as_user("train", config, launcher=TORCHRUN)
     assert_same_losses(tmp_path / "run", single[0])
 
 
@@ -74,7 +75,7 @@ def test_tied_weights_are_one_parameter_under_fsdp2(tmp_path: Path) -> None:
         directory = tmp_path / name
         directory.mkdir()
         config = write_config(directory, eval_every=1, **changes)
-        run("train", config, "model.config.tie_word_embeddings=true")
+        train(config, "model.config.tie_word_embeddings=true")
         model = AutoModelForCausalLM.from_pretrained(directory / "run" / "model")
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert_same_losses(tmp_path / "two" / "run", tmp_path / "one" / "run")
@@ -143,7 +144,7 @@ def test_the_export_writes_text_with_its_own_tokenizer(single: tuple[Path, str])
 
 def test_a_model_directory_is_fine_tuned(single: tuple[Path, str], tmp_path: Path) -> None:
     model = {"path": str(single[0] / "model")}
-    run("train", write_config(tmp_path, model=model, optimizer="adamw", steps=2))
+    train(write_config(tmp_path, model=model, optimizer="adamw", steps=2))
     before, after = metrics(single[0], "validation")[6], metrics(tmp_path / "run", "validation")[2]
     assert after < before
     assert metrics(tmp_path / "run", "train")[1] < metrics(single[0], "train")[1] - 0.5
@@ -151,7 +152,7 @@ def test_a_model_directory_is_fine_tuned(single: tuple[Path, str], tmp_path: Pat
 
 def test_gradients_that_stay_infinite_end_the_run_with_a_cure(tmp_path: Path) -> None:
     config = write_config(tmp_path, steps=60, eval_every=100, amsf={"lr": 1e30})
-    _, err = run("train", config, code=2)
+    _, err = run_as_user("train", config, code=2)
     assert "no finite gradient in 20 steps; lower the learning rate" in err.splitlines()[-1]
     assert max(metrics(tmp_path / "run", "train", "skipped_steps").values()) == 20
 

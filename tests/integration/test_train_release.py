@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from jobs import metrics, run, write_config
+from jobs import metrics, write_config
+from jobs import train as train_job
 
 TWO = {"nproc": 2, "parallel": "fsdp2"}
 
@@ -14,7 +15,7 @@ TWO = {"nproc": 2, "parallel": "fsdp2"}
 def train(directory: Path, **changes: object) -> Path:
     """Train the small job with changes and return its folder."""
     directory.mkdir()
-    run("train", write_config(directory, eval_every=1, **changes))
+    train_job(write_config(directory, eval_every=1, **changes))
     return directory / "run"
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import metrics, run, start, tree, write_config
+from jobs import metrics, run_as_user, start, train, tree, write_config
 
 pytestmark = pytest.mark.xdist_group("resume")  # they share the runs below
 
@@ -21,7 +21,7 @@ TWO = {"nproc": 2, "parallel": "fsdp2"}
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on two processes without a pause."""
     directory = tmp_path_factory.mktemp("whole")
-    run("train", write_config(directory, **TWO))
+    train(write_config(directory, **TWO))
     return directory / "run"
 
 
@@ -29,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first three of them: AMSF has no schedule, so its steps do not know where the end is."""
     directory = tmp_path_factory.mktemp("half")
-    run("train", write_config(directory, **TWO), "steps=3", "save_every=1")
+    train(write_config(directory, **TWO), "steps=3", "save_every=1")
     return directory
 
 
@@ -37,7 +37,7 @@ def continued(half: Path, directory: Path, **changes: object) -> Path:
     """Continue a copy of the half run to six steps."""
     config = write_config(directory, **changes)
     shutil.copytree(half / "run", directory / "run")
-    run("train", config)
+    train(config)
     return directory / "run"
 
 
@@ -81,7 +81,7 @@ def test_a_finished_run_is_not_trained_again(whole: Path, tmp_path: Path) -> Non
     config = write_config(tmp_path)
     shutil.copytree(whole, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    out, err = run("train", config)
+    out, err = train(config)
     assert "6 steps were done before" in err and "bits per byte" in out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -116,7 +116,9 @@ def test_another_text_is_refused(half: Path, tmp_path: Path) -> None:
     shutil.copytree(half / "run", tmp_path / "run")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     (tmp_path / "text.txt").write_text("other words " * 600)
-    _, err = run("train", config, code=2)  # found out by a worker: the launcher adds nothing
+    _, err = run_as_user(
+        "train", config, code=2
+    )  # found out by a worker: the launcher adds nothing
     assert [line for line in err.splitlines() if line.startswith("amsf: ")] == [
         err.splitlines()[-1]
     ]
@@ -161,6 +163,6 @@ def test_a_signal_saves_and_the_second_run_continues(
     assert (tmp_path / "run" / "checkpoints" / f"step_{done:08d}" / "job.json").exists()
     # On one process: faster, and it must not matter.
     words = (f"steps={done + 2}", "eval_every=100000", "nproc=1", "parallel=single")
-    _, err = run("train", config, *words)
+    _, err = train(config, *words)
     assert f"continuing from {tmp_path / 'run' / 'checkpoints' / f'step_{done:08d}'}" in err
     assert list(metrics(tmp_path / "run", "train")) == list(range(1, done + 3))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import SMALL, metrics, run, tree, write_config
+from jobs import SMALL, metrics, train, tree, write_config
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.xdist_group("train zero")  # they share the runs below
@@ -36,7 +36,7 @@ def write_zero(directory: Path, stage: int, **changes: Any) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps at ZeRO-2 on two processes without a pause, and of AdamW after them."""
     directory = tmp_path_factory.mktemp("whole")
-    run("train", write_zero(directory, 2, save_every=3, compare=["adamw"]))
+    train(write_zero(directory, 2, save_every=3, compare=["adamw"]))
     return directory / "run"
 
 
@@ -53,7 +53,7 @@ def continued(source: Path, step: int, config: Path) -> Path:
     checkpoint = Path("checkpoints") / f"step_{step:08d}"
     shutil.copytree(source / checkpoint, config.parent / "run" / checkpoint)
     shutil.copy(source / "metrics.jsonl", config.parent / "run")
-    _, err = run("train", config)
+    _, err = train(config)
     assert f"continuing from {config.parent / 'run' / checkpoint}" in err
     return config.parent / "run"
 
