@@ -6,6 +6,7 @@ costs tenths of a second, not four interpreter starts.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -44,6 +45,11 @@ context.set_forkserver_preload(
         "amsf_dist.train.torch_trainer",
         "transformers.models.llama.modeling_llama",
         "deepspeed",
+        # where engines are made, with a torch.compile of a second on the way
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.bf16_optimizer",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
     ]
 )
 
@@ -96,6 +102,7 @@ def _rank(
     folder: str, rank: int, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage: not among all that was imported
     try:
         dist.init_process_group(
             "gloo",
