@@ -268,7 +268,12 @@ def assembled(slices: list[tuple[Any, Tensor]]) -> dict[str, Tensor]:
 
 
 def run(
-    layout: str | None, shape: str, dtype: torch.dtype, rules: list[tuple[str, str]], clip: float
+    layout: str | None,
+    shape: str,
+    dtype: torch.dtype,
+    rules: list[tuple[str, str]],
+    clip: float,
+    steps: int = STEPS,
 ) -> Any:
     """Train under every (blocks, averaging): y, x and second moments, and the plan's figures."""
     results = {}
@@ -277,7 +282,7 @@ def run(
         model = under.wrap(Transformer(SHAPES[shape], dtype=dtype))
         optimizer = AMSF(model, blocks=blocks, averaging=averaging, **OPTIONS)
         vocab, parallel = SHAPES[shape].vocab, under.tensor_parallel
-        train(model, optimizer, vocab, range(STEPS), clip=clip, tensor_parallel=parallel)
+        train(model, optimizer, vocab, range(steps), clip=clip, tensor_parallel=parallel)
         at_y, second = weights(model, optimizer), moments(model, optimizer)
         sums = optimizer._ready().units[0].sums
         with optimizer.averaged_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from jobs import run, tree, write_config
+from jobs import run_as_user, tree, write_config
 
 from amsf_dist import cli
 
@@ -156,7 +156,7 @@ def test_a_config_that_does_not_exist_suggests_its_neighbour(
 
 
 @pytest.mark.parametrize(
-    "words", [["train"], ["trian", "x"], ["plot", "a", "b"], ["train", "--fast", "x"]]
+    "words", [["train"], ["trian", "x"], ["plot"], ["train", "--fast", "x"]]
 )
 def test_a_command_line_that_is_wrong(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "amsf --help" in one_error(capsys, *words)
@@ -178,7 +178,7 @@ def test_the_other_commands_name_what_they_miss(
 def test_several_processes_are_not_started_for_a_mistake(tmp_path: Path) -> None:
     config = write_config(tmp_path, nproc=2, parallel="fsdp2", data={"path": str(tmp_path / "no")})
     before = tree(tmp_path)
-    out, err = run("train", config, code=2)
+    out, err = run_as_user("train", config, code=2)
     assert out == "" and err.count("\n") == 1 and "does not exist" in err
     assert tree(tmp_path) == before
 
@@ -187,6 +187,6 @@ def test_under_torchrun_one_process_speaks(tmp_path: Path) -> None:
     config = write_config(tmp_path, parallel="fsdp2", data={"path": str(tmp_path / "no")})
     before = tree(tmp_path)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    _, err = run("train", config, "nproc=auto", code=1, launcher=launcher)
+    _, err = run_as_user("train", config, "nproc=auto", code=1, launcher=launcher)
     assert err.count("amsf: data.path") == 1
     assert tree(tmp_path) == before

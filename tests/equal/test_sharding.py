@@ -11,6 +11,7 @@ from beside import beside_one_process
 from layouts import LAYOUTS, relative_error, run
 from ranks import run_ranks
 
+STEPS = 10  # the warm-up, and as many again; docs/parity.md has longer runs
 CLIP = 0.5  # the global norm, so that it also must be the same under every sharding
 RULES = {
     torch.float32: [
@@ -22,7 +23,7 @@ RULES = {
     ],
     torch.float64: [("auto", "schedule_free"), ("tensor", "ema")],
 }
-# Gradients differ by the order of summation, some units of the last place, and twenty steps carry
+# Gradients differ by the order of summation, some units of the last place, and the steps carry
 # that on without blowing it up: 1e-7 becomes 2e-7 in fp32, 1e-16 becomes 1e-15 in fp64.
 TOLERANCE = {
     torch.float32: {"y": 1e-5, "x": 1e-5, "v": 1e-6},
@@ -47,12 +48,12 @@ TABLE = [
 
 @cache
 def one_process(shape: str, dtype: torch.dtype) -> Any:
-    return run(None, shape, dtype, RULES[dtype], CLIP)
+    return run(None, shape, dtype, RULES[dtype], CLIP, STEPS)
 
 
 def in_every_dtype(layout: str, shape: str) -> Any:
     """All in one process group: its start costs more than the training."""
-    full = {dtype: run(layout, shape, dtype, rules, CLIP) for dtype, rules in RULES.items()}
+    full = {dtype: run(layout, shape, dtype, rules, CLIP, STEPS) for dtype, rules in RULES.items()}
     return full, beside_one_process(layout, shape, torch.bfloat16, BF16_RULES)
 
 
