@@ -82,7 +82,14 @@ def _wrap_loading(module: ModuleType) -> None:
                 if (folder / ".metadata").is_file():
                     ours.make_room(training=not _has_training_weights(folder))
             return original(
-                fsdp_plugin, accelerator, optimizer, model, input_dir, optimizer_index, *args, **kwargs
+                fsdp_plugin,
+                accelerator,
+                optimizer,
+                model,
+                input_dir,
+                optimizer_index,
+                *args,
+                **kwargs,
             )
 
         return load_fsdp_optimizer

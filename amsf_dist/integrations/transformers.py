@@ -1,10 +1,10 @@
 """Hugging Face Trainer: AMSF built from the model, and x in every evaluation and every save.
 
-    trainer = Trainer(
-        model, args, train_dataset=...,
-        optimizer_cls_and_kwargs=(AMSFFactory, {"lr": 4e-3, "warmup_steps": 500}),
-        callbacks=[AveragedWeights()],
-    )
+trainer = Trainer(
+    model, args, train_dataset=...,
+    optimizer_cls_and_kwargs=(AMSFFactory, {"lr": 4e-3, "warmup_steps": 500}),
+    callbacks=[AveragedWeights()],
+)
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""AMSF under accelerate, by the files of configs/accelerate: the plain loop's weights, and resume."""
+"""AMSF under accelerate, by the files of configs/accelerate: the plain loop's weights, resume."""
 
 from __future__ import annotations
 
-import tempfile
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ SHAPE = SHAPES["uneven"]
 MICRO_BATCHES = 2
 CLIP = 0.5
 STEPS = 8
-KINDS = ("ddp", "fsdp2", "zero2", "zero3")
+KINDS: dict[str, tuple[str, dict[str, str]]] = {
+    "ddp": ("ddp", {}),
+    "fsdp2": ("fsdp2", {}),
+    "fsdp2 full": ("fsdp2", {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
+    "zero2": ("zero2", {}),
+    "zero3": ("zero3", {}),
+}
+"""File, and what is changed in it."""
 NO_GRADIENT = "k_proj.bias"  # softmax does not see it: its update is rounding noise at full size
 EXPORTED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(MICRO_BATCHES),
@@ -74,17 +83,16 @@ def both(model: Any, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     return {"y": at_y, "x": at_x}
 
 
-def prepared(accelerator: Any, seed: int = 0, named: bool = False) -> Any:
+def prepared(accelerator: Any, seed: int = 0) -> Any:
     model = transformer(seed)
-    params = model.named_parameters() if named else model
-    options = {**OPTIONS, "head_dim": SHAPE.head_dim} if named else OPTIONS
-    return accelerator.prepare(model, AMSF(params, **options))
+    return accelerator.prepare(model, AMSF(model, **OPTIONS))
 
 
 def trained(kind: str, folder: str) -> Any:
     """Without a stop; and saved at y and at x, loaded over other weights, and trained on."""
-    half, place = STEPS // 2, f"{folder}/{kind}"
-    with accelerated(kind, **EXPORTED) as accelerator:
+    (config, changes), half, place = KINDS[kind], STEPS // 2, f"{folder}/{kind}"
+    exported = {**EXPORTED, **changes}
+    with accelerated(config, **exported) as accelerator:
         assert accelerator.num_processes == dist.get_world_size() > 1
         model, optimizer = prepared(accelerator)
         train(accelerator, model, optimizer, range(half))
@@ -95,7 +103,7 @@ def trained(kind: str, folder: str) -> Any:
         train(accelerator, model, optimizer, range(half, STEPS))
         expected = both(model, optimizer)
     for mode in "yx":
-        with accelerated(kind, **EXPORTED) as accelerator:
+        with accelerated(config, **exported) as accelerator:
             model, optimizer = prepared(accelerator, seed=1)
             accelerator.load_state(f"{place} {mode}")
             optimizer.train()
@@ -116,3 +124,91 @@ def test_every_config_equals_the_plain_loop_and_resumes(tmp_path: Path) -> None:
             for mode in ("y", "x"):
                 error, name = relative_error(found[kind][mode], expected[mode], NO_GRADIENT)
                 assert error < 1e-5, f"{kind}, {mode}: {name} {error:.2e}"
+
+
+# --- FSDP2 swaps the parameters of an optimizer that was built before -----------------------------
+
+
+def blocks_of(optimizer: AMSF) -> dict[str, tuple[str, int]]:
+    return {part.name: (part.blocks.kind, part.num_blocks) for part in optimizer.parts}
+
+
+def built_in_other_ways() -> Any:
+    found, model = {}, transformer()
+    expected = blocks_of(AMSF(model, **OPTIONS))
+    with accelerated("fsdp2", **EXPORTED) as accelerator:
+        optimizer = AMSF(model.named_parameters(), **OPTIONS, head_dim=SHAPE.head_dim)
+        model, wrapped = accelerator.prepare(model, optimizer)
+        train(accelerator, model, wrapped, range(STEPS))
+        assert blocks_of(optimizer) == expected
+        found["named"] = both(model, wrapped)
+        late = AMSF(model, **OPTIONS)  # of sharded parameters, without prepare
+        assert blocks_of(late) == expected
+    with accelerated("fsdp2", **EXPORTED) as accelerator:
+        model = transformer()
+        forgotten = AMSF(model, **OPTIONS)
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+        accelerator.backward(loss_of(model, SHAPE.vocab, 0))
+        with pytest.raises(RuntimeError, match="build AMSF last"):
+            forgotten.step()
+    return found
+
+
+def test_blocks_are_those_of_the_model_before_sharding() -> None:
+    expected = plain()
+    for found in run_ranks(2, built_in_other_ways):
+        for mode in ("y", "x"):
+            error, name = relative_error(found["named"][mode], expected[mode], NO_GRADIENT)
+            assert error < 1e-5, f"{mode}: {name} {error:.2e}"
+
+
+# --- offload, and the launcher --------------------------------------------------------------------
+
+
+def offloaded() -> str:
+    import deepspeed
+
+    class NeverBuilt(torch.optim.Adam):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("DeepSpeedCPUAdam was compiled for nothing")
+
+    deepspeed.ops.adam.DeepSpeedCPUAdam = NeverBuilt
+    changes = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    with accelerated("zero2", **changes) as accelerator:
+        with pytest.raises(RuntimeError) as caught:
+            prepared(accelerator)
+        optimizer = torch.optim.AdamW(transformer().parameters())
+        with pytest.raises(AssertionError, match="for nothing"):  # others are replaced as ever
+            accelerator.prepare(transformer(), optimizer)
+    return str(caught.value)
+
+
+def test_a_replacement_is_refused_before_anything_is_compiled() -> None:
+    for message in run_ranks(2, offloaded):
+        assert "silently replaced by DeepSpeedCPUAdam" in message
+        assert '"zero_force_ds_cpu_optimizer": false' in message and "DummyOptim" in message
+
+
+def test_the_launcher_starts_processes_that_know_of_each_other(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    words = ["launch/accelerate.sh", "configs/accelerate/ddp.yaml", "examples/accelerate_train.py"]
+    done = subprocess.run(
+        [*words, "--steps", "4", "--output", str(tmp_path / "model")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={
+            **os.environ,
+            "DEVICE": "cpu",
+            "MASTER_PORT": "0",
+            "NPROC_PER_NODE": "2",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(root),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    command, told = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
+    assert command.startswith("+ env ACCELERATE_USE_CPU=true ")
+    assert told.startswith("2 processes, held-out loss ")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
