@@ -25,7 +25,7 @@ def llama(seed: int = 0) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
-            hidden_size=20,
+            hidden_size=21,
             intermediate_size=27,
             num_hidden_layers=2,
             num_attention_heads=3,
@@ -94,7 +94,7 @@ def deepspeed_json(stage: int) -> dict[str, Any]:
 
 
 def trainer_of(kind: str, folder: str, seed: int = 0, **changes: Any) -> Any:
-    """A Trainer under "alone", "ddp", "fsdp2", "fsdp2 full", "zero2" or "zero3"."""
+    """A Trainer under "alone", "ddp", "fsdp2", "fsdp2 full", "zero2", "zero3", "factory zero2"."""
     logging.disable(logging.INFO)
     from transformers import Trainer, TrainingArguments
 
@@ -154,8 +154,11 @@ def _wrapping(kind: str) -> dict[str, Any]:
         state.distributed_type = DistributedType.MULTI_GPU  # on a CPU it would leave FSDP out
         full = "FULL_STATE_DICT" if kind == "fsdp2 full" else "SHARDED_STATE_DICT"
         return {**ready, "fsdp": True, "fsdp_config": {"state_dict_type": full}}
-    if kind.startswith("zero"):
+    if "zero" in kind:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")
-        return {**ready, "deepspeed": deepspeed_json(int(kind[-1]))}
+        settings = deepspeed_json(int(kind[-1]))
+        if "factory" in kind:
+            del settings["optimizer"]
+        return {**ready, "deepspeed": settings}
     return {"use_cpu": True}

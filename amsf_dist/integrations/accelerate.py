@@ -15,6 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from amsf_dist.integrations.deepspeed.refusals import refuse_replacement
 from amsf_dist.integrations.on_import import on_import
 from amsf_dist.optimizer import AMSF
@@ -76,11 +79,7 @@ def _wrap_loading(module: ModuleType) -> None:
         ) -> Any:
             ours = unwrapped(optimizer)
             if ours is not None:
-                folder = Path(input_dir)
-                if folder.name != f"optimizer_{optimizer_index}":
-                    folder = folder / f"optimizer_{optimizer_index}"
-                if (folder / ".metadata").is_file():
-                    ours.make_room(training=not _has_training_weights(folder))
+                ours.make_room(training=not _was_saved_at_x(Path(input_dir), optimizer_index))
             return original(
                 fsdp_plugin,
                 accelerator,
@@ -97,12 +96,29 @@ def _wrap_loading(module: ModuleType) -> None:
     _put(module, "load_fsdp_optimizer", wrapped)
 
 
-def _has_training_weights(folder: Path) -> bool:
-    """Whether a distributed checkpoint was saved in eval mode, y beside x."""
+def _was_saved_at_x(folder: Path, index: int) -> bool:
+    """Whether a checkpoint has y beside x. The first rank looks: the others need not have it."""
+    found = [not dist.is_initialized() or dist.get_rank() == 0]
+    if found[0]:
+        found[0] = _has_training_weights(folder, index)
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _has_training_weights(folder: Path, index: int) -> bool:
     from torch.distributed.checkpoint import FileSystemReader
 
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return any(key.startswith("optimizer.state.") and key.endswith(f".{STASH}") for key in entries)
+    sharded = folder if folder.name == f"optimizer_{index}" else folder / f"optimizer_{index}"
+    if (sharded / ".metadata").is_file():
+        entries = FileSystemReader(sharded).read_metadata().state_dict_metadata
+        ours = (key for key in entries if key.startswith("optimizer.state."))
+        return any(key.endswith(f".{STASH}") for key in ours)
+    whole = folder / ("optimizer.bin" if index == 0 else f"optimizer_{index}.bin")
+    if not whole.is_file():
+        return False  # for accelerate to say
+    saved = torch.load(whole, mmap=True, weights_only=True, map_location="cpu")
+    return any(STASH in entries for entries in saved["state"].values())
 
 
 def _put(module: ModuleType, name: str, wrap: Callable[..., Any]) -> None:

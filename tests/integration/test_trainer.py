@@ -16,7 +16,7 @@ from trainers import SAVE, STEPS, plain, trainer_of
 from amsf_dist import AMSF
 from amsf_dist.doctor.wrapped import whole_weights
 
-SHARDED = ("fsdp2", "fsdp2 full", "zero2", "zero3")
+SHARDED = ("fsdp2", "fsdp2 full", "zero2", "zero3", "factory zero2")
 
 
 def both(trainer: Any) -> dict[str, Any]:
