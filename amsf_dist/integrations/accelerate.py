@@ -107,7 +107,7 @@ def _was_saved_at_x(folder: Path, index: int) -> bool:
 
 
 def _has_training_weights(folder: Path, index: int) -> bool:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     sharded = folder if folder.name == f"optimizer_{index}" else folder / f"optimizer_{index}"
     if (sharded / ".metadata").is_file():

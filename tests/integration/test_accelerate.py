@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerated import accelerated
+from accelerated import CONFIGS, accelerated
 from layouts import OPTIONS, SHAPES, loss_of, relative_error
 from models import Transformer, assert_same_bits
 from ranks import run_ranks
 from torch import Tensor
 
 from amsf_dist import AMSF
+from amsf_dist.doctor.setup import read_setup
 from amsf_dist.doctor.wrapped import whole_weights
 
 SHAPE = SHAPES["uneven"]
@@ -124,6 +125,15 @@ def test_every_config_equals_the_plain_loop_and_resumes(tmp_path: Path) -> None:
             for mode in ("y", "x"):
                 error, name = relative_error(found[kind][mode], expected[mode], NO_GRADIENT)
                 assert error < 1e-5, f"{kind}, {mode}: {name} {error:.2e}"
+
+
+def test_no_file_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_here = {config for config, _ in KINDS.values()}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*trained_here, "zero3_offload"}
+    monkeypatch.chdir(CONFIGS.parents[1])  # its JSON is seen from there; test_snippets trains that
+    setup = read_setup(CONFIGS / "zero3_offload.yaml")
+    named = setup.environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+    assert setup.speeds and Path(named).is_file()
 
 
 # --- FSDP2 swaps the parameters of an optimizer that was built before -----------------------------

@@ -125,6 +125,13 @@ def test_accelerate_without_a_script_says_how_it_is_used(words: list[str]) -> No
     )
 
 
+def test_accelerate_without_a_gpu_must_be_told_so() -> None:
+    """There is no `py`: nothing says that there is a GPU, and nothing is started."""
+    done = start("accelerate.sh", str(ROOT / "configs/accelerate/ddp.yaml"), "train.py")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "every process would train alone; DEVICE=cpu" in done.stderr
+
+
 def test_several_nodes_need_an_address() -> None:
     done = start("torchrun.sh", "job.yaml", settings="NNODES=2")
     assert done.returncode == 2 and "NNODES=2 needs MASTER_ADDR" in done.stderr
