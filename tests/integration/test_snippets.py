@@ -40,7 +40,13 @@ PROCESSES = {
     "docs/trainer.md": {"from transformers import Trainer, TrainingArguments": 1},
 }
 """File -> first line of a piece of Python -> processes that it is run in."""
-COMMANDS = {"make", "amsf", "launch/accelerate.sh", "torchrun"}
+COMMANDS = {
+    "amsf": "test_train.py and its neighbours, test_doctor.py, unit/test_estimate.py",
+    "launch/accelerate.sh": "test_accelerate.py",
+    "make": "CI itself",
+    "torchrun": "test_accelerate.py, by accelerate's launcher",
+}
+"""First word of a command -> where it is run."""
 STEPS = 4
 
 
@@ -179,7 +185,7 @@ def test_every_snippet_runs(processes: int, tmp_path: Path) -> None:
 def test_no_snippet_is_left_out(file: str) -> None:
     assert [first_line(code) for code in fenced(file, "python")] == list(PROCESSES[file])
     known = re.findall(r"^```(\w*)$", (ROOT / file).read_text(), re.M)
-    assert set(known) <= {"", "python", "json"}
+    assert set(known) <= {"", "bash", "python", "json"}
     for fragment in fenced(file, "json"):
         named = json.loads(f"{{{fragment}}}")["optimizer"]
         assert named["type"] == "AMSF"
@@ -194,10 +200,12 @@ def test_every_command_is_one_that_exists(file: str) -> None:
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    for line in "".join(fenced(file, "")).splitlines():
+    commands = "".join(fenced(file, "") + fenced(file, "bash"))
+    for line in commands.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if not words or words[0] not in COMMANDS:
+        if not words:
             continue
+        assert words[0] in COMMANDS, f"{line}: say where it is run"
         assert words[0] != "make" or words[1] in targets, line
         assert words[0] != "amsf" or words[1] in known, line
         for word in words:
