@@ -146,6 +146,25 @@ class TwoModes(Optimizer):
             copy_into(x, value)
             kernels.assign_(holding, holding.memory(x))
 
+    @torch.no_grad()
+    def make_room(self, *, training: bool) -> None:
+        """Have the state of one mode, before a checkpoint of that mode is read into it.
+
+        `torch.distributed.checkpoint` reads what it finds in the state dict that it is given: in
+        train mode that has no place for y of a checkpoint that was saved in eval mode. Parameters
+        are not touched, what they hold is about to be overwritten.
+
+        Args:
+            training: the mode of the checkpoint.
+        """
+        for holding in self._to_change(training=not training):
+            if training:
+                self.state[holding.param].pop(STASH, None)
+            else:
+                self.state[holding.param][STASH] = torch.zeros_like(holding.param)
+        for group in self.param_groups:
+            group["train_mode"] = training
+
     def _between_steps(self) -> None:
         self._progress.refuse_between()
         self._watch.between_steps(self.holdings)

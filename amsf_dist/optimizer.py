@@ -284,7 +284,8 @@ class AMSF(Stepping):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        self._watch.stamps = loading.load(self.param_groups, self.state, self.holdings, state_dict)
+        stamps = loading.load(self.param_groups, self.state, self.holdings, state_dict)
+        self._watch.loaded(stamps)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

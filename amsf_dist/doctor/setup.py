@@ -218,6 +218,6 @@ def _fitted(environment: Mapping[str, str]) -> dict[str, str]:
     fitted.pop("FSDP_IGNORED_MODULES", None)
     if "FSDP_TRANSFORMER_CLS_TO_WRAP" in fitted:
         fitted["FSDP_TRANSFORMER_CLS_TO_WRAP"] = Layer.__name__
-    if int(fitted.get("FSDP_MIN_NUM_PARAMS", 0)) > 0:
+    if float(fitted.get("FSDP_MIN_NUM_PARAMS", 0)) > 0:  # older versions write a float
         fitted["FSDP_MIN_NUM_PARAMS"] = "500"
     return fitted

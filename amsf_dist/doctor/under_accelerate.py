@@ -24,7 +24,7 @@ from amsf_dist.doctor.wrapped import (
 )
 from amsf_dist.optimizer import AMSF
 
-__all__ = ["UnderAccelerate"]
+__all__ = ["UnderAccelerate", "accelerator_for"]
 
 
 # Options for which accelerate, or torch, looks for a GPU.
@@ -44,7 +44,7 @@ class UnderAccelerate:
             seed: of the weights.
             device: of this process.
         """
-        self._accelerator = accelerator = _accelerator(setup, device)
+        self._accelerator = accelerator = accelerator_for(setup, device)
         self._shards = setup.shards
         fsdp1 = setup.shards and not accelerator.is_fsdp2
         model = TinyModel(seed, setup.freezes)
@@ -152,7 +152,13 @@ def _forget() -> None:
     state.GradientState._reset_state()
 
 
-def _accelerator(setup: Setup, device: torch.device) -> Any:
+def accelerator_for(setup: Setup, device: torch.device) -> Any:
+    """An Accelerator as a launched script would build it; inside `environment`.
+
+    Args:
+        setup: of accelerate.
+        device: of this process. On a CPU accelerate is told that FSDP may use it.
+    """
     accelerate, utils = needed("accelerate"), needed("accelerate.utils")
     _forget()  # a wrapper that could not be built was not closed
     if device.type != "cpu":
