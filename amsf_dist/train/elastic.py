@@ -31,12 +31,12 @@ from amsf_dist.train.config_file import load_config
 from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.launch import tell_of_failure
 from amsf_dist.train.machine import free_port
-from amsf_dist.train.stopped import STOPPED_FILE, was_stopped
+from amsf_dist.train.stopped import PROGRESS_FILE, progress
 
 __all__ = ["STOPPED", "main"]
 
 STOPPED = 143
-"""Exit code: told to stop, and saved. What a shell says of a process that SIGTERM ended."""
+"""Exit code: told to stop, and nothing is lost. What a shell says of a process that SIGTERM ended."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def main(words: Sequence[str]) -> int:
     """
     arguments = parse_args(list(words))
     with tempfile.TemporaryDirectory(prefix="amsf-") as directory:
-        os.environ[STOPPED_FILE] = str(Path(directory) / "stopped")
+        os.environ[PROGRESS_FILE] = str(Path(directory) / "progress")
         signal.signal(signal.SIGTERM, _stop)  # torch takes over once there are workers
         try:
             check(arguments)
@@ -56,15 +56,19 @@ def main(words: Sequence[str]) -> int:
             return _say(str(error), 2)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
-            return STOPPED if was_stopped() else tell_of_failure(failure.exitcode)
+            return STOPPED if progress() == "stopped" else tell_of_failure(failure.exitcode)
         except SignalException as error:
-            if was_stopped():
+            if progress() != "training":
                 return STOPPED
-            return _say(f"stopped by {error.sigval.name} before anything was saved", 1)
+            return _say(
+                f"stopped by {error.sigval.name}, and no checkpoint of the last steps could be "
+                "written in time; raise TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds)",
+                1,
+            )
         except (RendezvousError, DistError) as error:
-            return _say(explain(error, arguments), 1)
+            return _say(explain(error, arguments), STOPPED if progress() == "stopped" else 1)
         # Workers that another node made stop end with 0, like those that are done.
-        return STOPPED if was_stopped() else 0
+        return STOPPED if progress() == "stopped" else 0
 
 
 def check(arguments: Any) -> None:

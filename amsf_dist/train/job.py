@@ -70,7 +70,7 @@ def work(config: Config, command: str) -> int:
         UserError: for what the user can put right.
     """
     stop = StopRequest()  # first, so that no signal finds the process unprepared
-    stopped.start_anew()
+    stopped.tell("nothing")
     quiet_libraries()
     _log_to_terminal(speaks=int(os.environ.get("RANK", 0)) == 0)
     with join(config) as world:
@@ -96,7 +96,7 @@ def work(config: Config, command: str) -> int:
                 run_config, tokens, world, stop, command, export=run_config is config
             )
             if summary is None:
-                stopped.note()
+                stopped.tell("stopped")
                 return stopped.exit_code(stop.reason() is not None, STOP_FILE in os.environ)
             summaries.append(summary)
             if world.is_main:
@@ -157,6 +157,7 @@ def _train(
         first_step = _resume(directory, trainer)
     report = Report(config, LABELS[config.optimizer], first_step, world)
     run = Run(config, world, trainer, tokens, tokenizer, report, stop, directory)
+    stopped.tell("training")
     try:
         done, reason = train(run, first_step)
         if reason is None:

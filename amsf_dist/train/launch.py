@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from amsf_dist.train.signals import STOP_FILE
-from amsf_dist.train.stopped import STOP_CODE, STOPPED_FILE, was_stopped
+from amsf_dist.train.stopped import PROGRESS_FILE, STOP_CODE, progress
 
 __all__ = ["is_worker", "launch", "tell_of_failure"]
 
@@ -50,7 +50,7 @@ def launch(arguments: list[str], nproc: int, device: str) -> int:
     with tempfile.TemporaryDirectory(prefix="amsf-") as directory:
         stop_file = Path(directory) / "stop"
         os.environ[STOP_FILE] = str(stop_file)
-        os.environ[STOPPED_FILE] = str(Path(directory) / "stopped")
+        os.environ[PROGRESS_FILE] = str(Path(directory) / "progress")
         _pass_on_signals(stop_file)
         config = LaunchConfig(
             min_nodes=1,
@@ -72,7 +72,7 @@ def launch(arguments: list[str], nproc: int, device: str) -> int:
         except (SignalException, KeyboardInterrupt):
             sys.stderr.write("amsf: stopped at once; the last checkpoint is still good\n")
             return 130
-        return int(os.environ.get(STOP_CODE, 0)) if was_stopped() else 0
+        return int(os.environ.get(STOP_CODE, 0)) if progress() == "stopped" else 0
 
 
 def tell_of_failure(exitcode: int) -> int:

@@ -1,41 +1,42 @@
 """How a job that was asked to stop leaves: it has saved, and is not done.
 
-Exit code 0 means done to whoever started the processes, so the first process of a machine notes in
-a file that it stopped, and the launcher there looks for it.
+Exit code 0 means done to whoever started the processes, so the first process of a machine writes
+into a file how far it is, and the launcher there looks.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["REJOIN", "STOPPED_FILE", "STOP_CODE", "exit_code", "note", "start_anew", "was_stopped"]
+__all__ = ["PROGRESS_FILE", "REJOIN", "STOP_CODE", "exit_code", "progress", "tell"]
 
-STOPPED_FILE = "AMSF_STOPPED_FILE"
+PROGRESS_FILE = "AMSF_PROGRESS_FILE"
+"""Environment variable with the name of that file; `launch` and `elastic` set it."""
 STOP_CODE = "AMSF_STOP_CODE"
 """Environment variable with the exit code of `amsf train` for a job that stopped and saved; 0."""
 REJOIN = 75
 """A worker's exit code when another node made it stop: its own goes on with those that remain."""
 
-
-def start_anew() -> None:
-    """Forget that the processes before these were stopped."""
-    file = _file()
-    if file is not None:
-        file.unlink(missing_ok=True)
+Progress = Literal["nothing", "training", "stopped"]
+"""Nothing yet that could be lost; steps are being done; asked to stop, and everything is saved."""
 
 
-def note() -> None:
-    """Write down that this machine's processes stopped, and that everything is saved."""
-    file = _file()
-    if file is not None:
-        file.touch()
+def tell(progress: Progress) -> None:
+    """Write down how far this machine's processes are."""
+    name = os.environ.get(PROGRESS_FILE)
+    if name and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(name).write_text(progress)
 
 
-def was_stopped() -> bool:
-    """Return whether this machine's processes stopped before they were done."""
-    name = os.environ.get(STOPPED_FILE)
-    return name is not None and Path(name).exists()
+def progress() -> str:
+    """Return what the first process of this machine has told last."""
+    name = os.environ.get(PROGRESS_FILE)
+    try:
+        return Path(name).read_text() if name else "nothing"
+    except FileNotFoundError:
+        return "nothing"
 
 
 def exit_code(asked_here: bool, launched: bool) -> int:
@@ -50,8 +51,3 @@ def exit_code(asked_here: bool, launched: bool) -> int:
         # With 0 the agent would take the job for done, and leave those that go on.
         return REJOIN if restarts and not asked_here else 0
     return 0 if "RANK" in os.environ else int(os.environ.get(STOP_CODE, 0))
-
-
-def _file() -> Path | None:
-    name = os.environ.get(STOPPED_FILE)
-    return Path(name) if name and os.environ.get("LOCAL_RANK", "0") == "0" else None

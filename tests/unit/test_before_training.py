@@ -84,19 +84,19 @@ def test_the_exit_code_of_a_job_that_was_stopped(
     assert stopped.exit_code(asked_here, launched) == code
 
 
-def test_a_stop_is_noted_until_new_processes_start(
+def test_the_first_process_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(stopped.STOPPED_FILE, raising=False)
-    stopped.note()
-    assert not stopped.was_stopped()
-    monkeypatch.setenv(stopped.STOPPED_FILE, str(tmp_path / "stopped"))
-    stopped.start_anew()
-    assert not stopped.was_stopped()
-    stopped.note()
-    assert stopped.was_stopped()
-    stopped.start_anew()
-    assert not stopped.was_stopped()
+    monkeypatch.delenv(stopped.PROGRESS_FILE, raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    stopped.tell("training")
+    assert stopped.progress() == "nothing"
+    monkeypatch.setenv(stopped.PROGRESS_FILE, str(tmp_path / "progress"))
+    assert stopped.progress() == "nothing"
+    stopped.tell("stopped")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    stopped.tell("training")
+    assert stopped.progress() == "stopped"
 
 
 def test_every_finding_that_is_not_fine_has_a_way_out(tmp_path: Path) -> None:
