@@ -36,7 +36,7 @@ from amsf_dist.train.stopped import PROGRESS_FILE, progress
 __all__ = ["STOPPED", "main"]
 
 STOPPED = 143
-"""Exit code: told to stop, and nothing is lost. What a shell says of a process that SIGTERM ended."""
+"""Exit code: told to stop, and nothing is lost. As shells say of SIGTERM."""
 
 
 def main(words: Sequence[str]) -> int:

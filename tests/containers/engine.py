@@ -39,7 +39,7 @@ def run(*words: object, seconds: float = 120, code: int | None = 0, **options: o
     return str(done.stdout)
 
 
-def until(what: str, condition: Callable[[], bool], seconds: float = 120) -> None:
+def until(what: str, condition: Callable[[], bool], seconds: float = 180) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -86,7 +86,7 @@ def engine() -> Iterator[Path]:
         for bridge in Path("/sys/class/net").glob("*"):
             if bridge.name == "docker0" or bridge.name.startswith("br-amsf"):
                 run("ip", "link", "delete", bridge.name, code=None)
-        run("iptables-restore", code=None, input=rules)
+        run("iptables-restore", code=None, input=rules + _emptied(rules, run("iptables-save")))
         FORWARDING.write_text(forwarding)
         for mounted in sorted(_mounts(directory), reverse=True):
             run("umount", "-l", mounted, code=None)
@@ -105,6 +105,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _emptied(before: str, after: str) -> str:
+    """Rules that empty the tables which were not there before; docker leaves its own behind."""
+    text = ""
+    for table in after.split("\n*")[1:] if not after.startswith("*") else after[1:].split("\n*"):
+        name, *lines = table.splitlines()
+        if f"*{name}\n" not in before:
+            chains = [
+                line.split()[0] for line in lines if line.startswith(":") and " - " not in line
+            ]
+            text += "\n".join([f"*{name}", *(f"{chain} ACCEPT" for chain in chains), "COMMIT\n"])
+    return text
 
 
 def _mounts(directory: Path) -> list[str]:

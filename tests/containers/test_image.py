@@ -15,7 +15,8 @@ from engine import DOCKER, ROOT, run, until
 pytestmark = pytest.mark.timeout(1200)
 
 CLOSED = (
-    "--read-only --tmpfs /tmp:exec --cap-drop ALL --security-opt no-new-privileges --shm-size 512m"
+    "--read-only --tmpfs /tmp:exec --cap-drop ALL --security-opt no-new-privileges --shm-size 512m "
+    "--volume amsf-cache:/cache"
 ).split()
 JOB = ("amsf", "train", "configs/quickstart.yaml", "output_dir=runs/job", "compare=[]")
 SMALL = ("global_batch_size=4", "data.sequence_length=64", "eval_batches=2", "sample.tokens=0")
@@ -73,9 +74,8 @@ def test_nothing_of_the_build_is_left(image: str) -> None:
     bundle = "sha256sum /etc/ssl/certs/ca-certificates.crt"
     plain = run(DOCKER, "run", "--rm", "--entrypoint", "sh", own.BASE, "-c", bundle)
     script = f"""{bundle}
-      find / -xdev ( -name '*.whl' -o -name uv -o -name pip.conf -o -name uv.toml ) 2>/dev/null
+      find / -xdev -type f ( -name '*.whl' -o -name uv -o -name pip.conf -o -name uv.toml )
       ls -d /src /opt/uv /root/.cache /docker 2>/dev/null
-      find / -xdev -perm -4000 -newer /usr/bin/tini -type f 2>/dev/null
       true"""
     script = script.replace("( ", "\\( ").replace(" )", " \\)")
     found = run(DOCKER, "run", "--rm", "--entrypoint", "sh", image, "-c", script)
@@ -156,7 +156,7 @@ def test_two_nodes_lose_one_and_take_it_back(image: str, runs: Path, containers:
             said = logs("amsf-node0") + logs("amsf-node1")
             return len(re.findall(rf"fsdp2 on {size} cpu process", said))
 
-        until("two nodes train", lambda: began(2) == 1 and saved(runs) >= 10)
+        until("two nodes train", lambda: began(2) >= 1 and saved(runs) >= 10)
         run(DOCKER, "kill", "amsf-node1")
         lost_at = saved(runs)
         until("the survivor goes on", lambda: began(1) >= 1 and saved(runs) > lost_at)
