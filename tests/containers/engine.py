@@ -7,6 +7,7 @@ fails, for a skipped test proves nothing.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,13 +111,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _emptied(before: str, after: str) -> str:
     """Rules that empty the tables which were not there before; docker leaves its own behind."""
     text = ""
-    for table in after.split("\n*")[1:] if not after.startswith("*") else after[1:].split("\n*"):
+    for table in re.split(r"^\*", after, flags=re.MULTILINE)[1:]:
         name, *lines = table.splitlines()
         if f"*{name}\n" not in before:
-            chains = [
-                line.split()[0] for line in lines if line.startswith(":") and " - " not in line
-            ]
-            text += "\n".join([f"*{name}", *(f"{chain} ACCEPT" for chain in chains), "COMMIT\n"])
+            built_in = [line.split()[0] for line in lines if re.match(r":\w+ [A-Z]", line)]
+            text += "\n".join([f"*{name}", *(f"{chain} ACCEPT" for chain in built_in), "COMMIT\n"])
     return text
 
 
