@@ -65,6 +65,7 @@ def engine() -> Iterator[Path]:
     pid_file = directory / "pid"
     process = None
     try:
+        _make_disk(directory)
         with (directory / "log").open("w") as log:
             words = ["dockerd", "-H", socket, "--pidfile", pid_file]
             words += ["--data-root", directory / "data", "--exec-root", directory / "exec"]
@@ -92,6 +93,15 @@ def engine() -> Iterator[Path]:
         for mounted in sorted(_mounts(directory), reverse=True):
             run("umount", "-l", mounted, code=None)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _make_disk(directory: Path) -> None:
+    """Put the engine's data in one sparse file: removing 6 GB of small ones takes minutes."""
+    disk, data = directory / "disk", directory / "data"
+    run("truncate", "--size=60G", disk)
+    run("mkfs.ext4", "-q", disk)
+    data.mkdir()
+    run("mount", "-o", "loop", disk, data)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

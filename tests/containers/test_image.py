@@ -74,11 +74,13 @@ def test_nothing_of_the_build_is_left(image: str) -> None:
     bundle = "sha256sum /etc/ssl/certs/ca-certificates.crt"
     plain = run(DOCKER, "run", "--rm", "--entrypoint", "sh", own.BASE, "-c", bundle)
     script = f"""{bundle}
-      find / -xdev -type f ( -name '*.whl' -o -name uv -o -name pip.conf -o -name uv.toml )
+      find / -xdev -path /usr/share/python-wheels -prune -o -type f \\
+        ( -name '*.whl' -o -name uv -o -name pip.conf -o -name uv.toml ) -print
       ls -d /src /opt/uv /root/.cache /docker 2>/dev/null
       true"""
     script = script.replace("( ", "\\( ").replace(" )", " \\)")
-    found = run(DOCKER, "run", "--rm", "--entrypoint", "sh", image, "-c", script)
+    as_root = ("--rm", "--user", "0", "--entrypoint", "sh")
+    found = run(DOCKER, "run", *as_root, image, "-c", script)
     assert found == plain, found
     told = run(DOCKER, "history", "--no-trunc", image) + inspect(image, "{{json .Config.Env}}")
     assert "://" not in told
@@ -113,7 +115,7 @@ def test_stopped_it_has_saved_and_says_143_and_goes_on(
     image: str, runs: Path, containers: list[str]
 ) -> None:
     containers.append("amsf-stop")
-    health = ("--health-interval", "1s", "--health-start-period", "0s")
+    health = ("--health-interval", "1s")
     mount = ("--volume", f"{runs}:/workspace/runs")
     words = ("--name", "amsf-stop", *CLOSED, *health, *mount, image, *ENDLESS)
     run(DOCKER, "run", "--detach", *words)
@@ -131,7 +133,7 @@ def test_stopped_it_has_saved_and_says_143_and_goes_on(
 
 def test_without_a_heartbeat_it_is_unhealthy(image: str, containers: list[str]) -> None:
     containers.append("amsf-idle")
-    health = ("--health-interval", "1s", "--health-start-period", "0s", "--health-retries", "1")
+    health = ("--health-interval", "1s", "--health-start-period", "1s", "--health-retries", "1")
     run(DOCKER, "run", "--detach", "--name", "amsf-idle", *health, image, "sleep", "60")
     until("unhealthy", lambda: inspect("amsf-idle", "{{.State.Health.Status}}") == "unhealthy", 30)
     run(DOCKER, "exec", "amsf-idle", "touch", "/tmp/amsf-heartbeat")
