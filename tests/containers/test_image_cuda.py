@@ -54,6 +54,9 @@ def test_deepspeed_finds_a_compiler_for_this_cuda(image: str, tmp_path: Path) ->
 def test_two_processes_train_on_cpus(image: str) -> None:
     words = "amsf train configs/quickstart.yaml output_dir=runs/job compare=[] steps=2".split()
     words += ["eval_batches=2", "sample.tokens=0", "log.every=1"]
-    closed = "--read-only --tmpfs /tmp:exec --cap-drop ALL --network none".split()
+    closed = (
+        "--read-only --tmpfs /tmp:exec --tmpfs /cache:exec,mode=1777 "
+        "--tmpfs /workspace/runs:mode=1777 --cap-drop ALL --network none"
+    ).split()
     said = run(DOCKER, "run", "--rm", *closed, image, *words, seconds=300)
     assert "fsdp2 on 2 cpu processes" in said and "bits per byte" in said
