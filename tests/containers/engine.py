@@ -149,17 +149,9 @@ def stand_in_base() -> str:
         "-",
         source,
     ]
-    run(
-        "bash",
-        "-o",
-        "pipefail",
-        "-c",
-        '"${@:2}" 2>"$0.err" | "$1" import - ' + plain + ' || { cat "$0.err"; exit 1; }',
-        Path(tempfile.gettempdir()) / "amsf-mmdebstrap",
-        DOCKER,
-        *words,
-        seconds=300,
-    )
+    pipe = f'"${{@:2}}" 2>"$err" | "$1" import - {plain} || {{ cat "$err"; exit 1; }}'
+    script = f"err=$(mktemp); trap 'rm -f $err' EXIT; {pipe}"
+    run("bash", "-o", "pipefail", "-c", script, "_", DOCKER, *words, seconds=300)
     file = ROOT / "docker" / "test-base.Dockerfile"
     given = ("--build-arg", f"BASE_IMAGE={plain}")
     run(DOCKER, "build", "-q", "-t", BASE, *given, "-f", file, file.parent, seconds=120)
