@@ -1,4 +1,4 @@
-"""The command line, `amsf`: train, explain, memory, export, plot, doctor."""
+"""The command line, `amsf`: train, preflight, explain, memory, export, plot, doctor."""
 
 from __future__ import annotations
 
@@ -47,16 +47,29 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from amsf_dist.train.preflight import local_processes, preflight, quiet_libraries
 
     command = " ".join(["amsf train", *words])
-    if is_worker():
-        work(loaded, command)
-        return
-    number = local_processes(loaded)
+    number = 1 if is_worker() else local_processes(loaded)
     if number == 1:
-        work(loaded, command)
-        return
+        raise typer.Exit(work(loaded, command))
     quiet_libraries()
     preflight(loaded, number)
     raise typer.Exit(launch(["train", *words], number, choose_device(loaded, number)))
+
+
+@app.command("preflight")
+def rehearse_job(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Try what a job needs before its first step: limits, GPUs, an all-reduce, a checkpoint."""
+    loaded = load_config(config, overrides or [])
+    from amsf_dist.train.launch import is_worker, launch
+    from amsf_dist.train.parallel import choose_device
+    from amsf_dist.train.preflight import local_processes, quiet_libraries
+    from amsf_dist.train.rehearsal import rehearse
+
+    number = 1 if is_worker() else local_processes(loaded)
+    if number == 1:
+        raise typer.Exit(rehearse(loaded))
+    quiet_libraries()
+    words = ["preflight", config, *(overrides or [])]
+    raise typer.Exit(launch(words, number, choose_device(loaded, number)))
 
 
 @app.command()

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from amsf_dist.train.config import Config
 from amsf_dist.train.durable import sync, write_durably
 from amsf_dist.train.errors import UserError, one_line
+from amsf_dist.train.heartbeat import beat
 from amsf_dist.train.parallel import World
 from amsf_dist.train.trainer import Trainer
 
@@ -84,6 +85,7 @@ def save(
                 raise UserError(
                     f"{temporary}: {error.strerror}; free some space or change output_dir"
                 ) from None
+    beat()
     with world.together():
         try:
             trainer.write(temporary)
@@ -92,6 +94,7 @@ def save(
                 f"{temporary}: the checkpoint could not be written ({_cause(error)}); "
                 "the one before it is still good"
             ) from error
+    beat()
     with world.together():  # everyone has written
         if world.is_main:
             job = {

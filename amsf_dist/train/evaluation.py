@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from amsf_dist.train.batches import validation_windows, windows_at
 from amsf_dist.train.config import Config
+from amsf_dist.train.heartbeat import beat
 from amsf_dist.train.parallel import World, arithmetic
 
 __all__ = ["Validation", "bits_per_byte", "evaluate", "sequence_losses"]
@@ -74,6 +75,7 @@ def evaluate(
         with arithmetic(config, world):
             losses = sequence_losses(model, windows)
         total += float(losses[: len(mine)].double().sum())
+        beat()
     model.train()
     loss = world.sum([total])[0] / len(starts)
     return Validation(loss, bits_per_byte(loss, tokens[1 : len(starts) * length + 1], tokenizer))

@@ -13,15 +13,18 @@ import torch
 import typer
 import yaml
 
-from amsf_dist.train import checkpoint
+from amsf_dist.train import checkpoint, stopped
 from amsf_dist.train.charts import draw
 from amsf_dist.train.config import Config
 from amsf_dist.train.export import export_model, sample_text
+from amsf_dist.train.heartbeat import beat
 from amsf_dist.train.loop import Run, train
+from amsf_dist.train.machine import look_around
 from amsf_dist.train.model import model_config
 from amsf_dist.train.optimizers import LABELS
 from amsf_dist.train.parallel import World, join
 from amsf_dist.train.preflight import preflight, quiet_libraries
+from amsf_dist.train.rehearsal import try_writing
 from amsf_dist.train.report import Report, human_bytes
 from amsf_dist.train.signals import STOP_FILE, StopRequest
 from amsf_dist.train.tokens import Tokens, load_tokenizer, open_tokens, write_tokens
@@ -53,23 +56,30 @@ class _Summary:
     memory: dict[str, int]
 
 
-def work(config: Config, command: str) -> None:
+def work(config: Config, command: str) -> int:
     """Train the config on this process, together with the others there may be.
 
     Args:
         config: validated; `preflight` is done here unless the launcher has done it.
         command: what the user types to continue, for the messages.
 
+    Returns:
+        The exit code: 0 when everything is done, see `stopped` for a job that was asked to stop.
+
     Raises:
         UserError: for what the user can put right.
     """
     stop = StopRequest()  # first, so that no signal finds the process unprepared
+    stopped.tell("nothing")
     quiet_libraries()
     _log_to_terminal(speaks=int(os.environ.get("RANK", 0)) == 0)
     with join(config) as world:
         if STOP_FILE not in os.environ:
             with world.together():
                 preflight(config, world.size)
+        look_around(config, world)
+        try_writing(config, world)
+        beat()
         logger.info(
             "%s on %d %s process%s, %s",
             config.parallel,
@@ -86,12 +96,14 @@ def work(config: Config, command: str) -> None:
                 run_config, tokens, world, stop, command, export=run_config is config
             )
             if summary is None:
-                return
+                stopped.tell("stopped")
+                return stopped.exit_code(stop.reason() is not None, STOP_FILE in os.environ)
             summaries.append(summary)
             if world.is_main:
                 draw(Path(config.output_dir))
         if world.is_main:
             _conclude(config, summaries)
+    return 0
 
 
 def _log_to_terminal(speaks: bool) -> None:
@@ -145,6 +157,7 @@ def _train(
         first_step = _resume(directory, trainer)
     report = Report(config, LABELS[config.optimizer], first_step, world)
     run = Run(config, world, trainer, tokens, tokenizer, report, stop, directory)
+    stopped.tell("training")
     try:
         done, reason = train(run, first_step)
         if reason is None:

@@ -21,8 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from amsf_dist.train.signals import STOP_FILE
+from amsf_dist.train.stopped import PROGRESS_FILE, STOP_CODE, progress
 
-__all__ = ["is_worker", "launch"]
+__all__ = ["is_worker", "launch", "tell_of_failure"]
 
 
 def is_worker() -> bool:
@@ -49,6 +50,7 @@ def launch(arguments: list[str], nproc: int, device: str) -> int:
     with tempfile.TemporaryDirectory(prefix="amsf-") as directory:
         stop_file = Path(directory) / "stop"
         os.environ[STOP_FILE] = str(stop_file)
+        os.environ[PROGRESS_FILE] = str(Path(directory) / "progress")
         _pass_on_signals(stop_file)
         config = LaunchConfig(
             min_nodes=1,
@@ -66,17 +68,26 @@ def launch(arguments: list[str], nproc: int, device: str) -> int:
             elastic_launch(config, sys.executable)("-m", "amsf_dist", *arguments)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                sys.stderr.write(
-                    f"amsf: a worker was killed by {name} (out of memory?); "
-                    "run the same command again to continue from the last checkpoint\n"
-                )
-            return failure.exitcode if failure.exitcode > 0 else 1
+            return tell_of_failure(failure.exitcode)
         except (SignalException, KeyboardInterrupt):
             sys.stderr.write("amsf: stopped at once; the last checkpoint is still good\n")
             return 130
-    return 0
+        return int(os.environ.get(STOP_CODE, 0)) if progress() == "stopped" else 0
+
+
+def tell_of_failure(exitcode: int) -> int:
+    """Say what ended a worker, unless it has said so itself, and return the launcher's exit code.
+
+    Args:
+        exitcode: of the worker; negative: the signal that killed it.
+    """
+    if exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        sys.stderr.write(
+            f"amsf: a worker was killed by {name} (out of memory?); "
+            "run the same command again to continue from the last checkpoint\n"
+        )
+    return exitcode if exitcode > 0 else 1
 
 
 def _silence_launcher() -> None:

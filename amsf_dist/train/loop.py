@@ -17,6 +17,7 @@ from amsf_dist.train.batches import TrainBatches
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError
 from amsf_dist.train.evaluation import Validation, evaluate
+from amsf_dist.train.heartbeat import beat
 from amsf_dist.train.moved import Moved
 from amsf_dist.train.optimizers import evaluation_weights, set_learning_rate
 from amsf_dist.train.parallel import World
@@ -102,6 +103,7 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
         stops = run.stop.reason() is not None
         total, skips, asked = run.world.sum([loss, float(not moved.applied), float(stops)])
         done += 1
+        beat()
         skipped_in_a_row = skipped_in_a_row + 1 if skips else 0
         skipped += skipped_in_a_row > 0
         run.report.step(

@@ -167,6 +167,8 @@ def _new(config: Config, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig
     _check_type(architecture, "model.type")
     defaults = AutoConfig.for_model(architecture)
     known = {name for name in {**vars(defaults), **defaults.to_dict()} if not name.startswith("_")}
+    if "rope_parameters" in known:  # transformers 5 keeps it in there, and takes it as before
+        known.add("rope_theta")
     for key in config.model.config:
         if key not in known and key not in defaults.attribute_map:
             raise UserError(

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, PreTrainedModel
 
 from amsf_dist.train.config import Config
-from amsf_dist.train.errors import UserError
+from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.model import build_model, sharding_units
 
 __all__ = [
@@ -112,7 +112,16 @@ def join(config: Config) -> Iterator[World]:
     # gloo stands beside NCCL for what lies on the CPU: objects and checkpoints.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"process {rank} of {size} found no way to the others at {where} within "
+                f"{config.timeout_minutes:g} minutes ({one_line(error, 200)}); see that all were "
+                "started and that this machine reaches that address, or raise timeout_minutes",
+                everywhere=False,
+            ) from None
     else:
         alone = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, rank=0, world_size=1, store=alone, timeout=timeout)

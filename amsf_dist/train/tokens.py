@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from amsf_dist.train.config import Config
 from amsf_dist.train.errors import UserError, one_line
+from amsf_dist.train.heartbeat import beat
 from amsf_dist.train.model import model_directory
 from amsf_dist.train.text import documents, signature
 
@@ -147,6 +148,7 @@ def write_tokens(
                 count += len(piece)
                 digest.update(piece.tobytes())
                 file.write(piece.tobytes())
+                beat()
         if trained_on not in (None, digest.hexdigest()):
             raise UserError(
                 f"data.path: the text is not the one that the checkpoints in {directory} were "

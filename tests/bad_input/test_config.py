@@ -155,9 +155,7 @@ def test_a_config_that_does_not_exist_suggests_its_neighbour(
     assert "Is a directory" in one_error(capsys, "train", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "words", [["train"], ["trian", "x"], ["plot"], ["train", "--fast", "x"]]
-)
+@pytest.mark.parametrize("words", [["train"], ["trian", "x"], ["plot"], ["train", "--fast", "x"]])
 def test_a_command_line_that_is_wrong(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "amsf --help" in one_error(capsys, *words)
 

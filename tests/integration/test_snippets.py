@@ -43,6 +43,7 @@ PROCESSES = {
 COMMANDS = {
     "amsf": "test_train.py and its neighbours, test_doctor.py, unit/test_estimate.py",
     "launch/accelerate.sh": "test_accelerate.py",
+    "launch/docker.sh": "containers/test_image.py",
     "make": "CI itself",
     "torchrun": "test_accelerate.py, by accelerate's launcher",
 }
@@ -203,6 +204,8 @@ def test_every_command_is_one_that_exists(file: str) -> None:
     commands = "".join(fenced(file, "") + fenced(file, "bash"))
     for line in commands.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
         if not words:
             continue
         assert words[0] in COMMANDS, f"{line}: say where it is run"
