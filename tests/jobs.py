@@ -98,7 +98,8 @@ def train(config: Path, *overrides: str) -> tuple[str, str]:
     Returns:
         stdout and stderr, of all processes one after another.
     """
-    nproc = int(load_config(str(config), overrides).nproc)
+    told = load_config(str(config), overrides).nproc
+    nproc = told if isinstance(told, int) else 1  # "auto": there is no GPU
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from agents import Node, free_port, until
-from jobs import metrics, train, write_config
+from jobs import metrics, run_as_user, train, write_config
 
 from amsf_dist.train import checkpoint
 
@@ -164,8 +164,8 @@ def test_preflight_on_two_nodes(nodes: list[Node], tmp_path: Path) -> None:
 
 def test_preflight_of_one_machine(tmp_path: Path) -> None:
     config = write_config(tmp_path, nproc=2, parallel="fsdp2")
-    out, _ = run("preflight", config)
+    out, _ = run_as_user("preflight", config)
     assert out.splitlines()[-1] == "preflight: passed" and "all-reduce: 2 processes" in out
     assert not (tmp_path / "run").exists()
-    _, err = run("preflight", config, "amsf.lr=-1", code=2)
+    _, err = run_as_user("preflight", config, "amsf.lr=-1", code=2)
     assert err.startswith("amsf: amsf: ") and err.count("\n") == 1
