@@ -32,6 +32,20 @@ def config(**changes: Any) -> dict[str, Any]:
     }
 
 
+class DeepSpeedCPUAdam(torch.optim.Adam):
+    """Stands for the optimizer that accelerate puts in the place of all others."""
+
+    def __init__(self, params: Any, adamw_mode: bool = True, **kwargs: Any) -> None:
+        super().__init__(params, lr=1e-3)
+
+
+def put_cpu_adam() -> None:
+    """Spare this process the real one, which is compiled for a minute."""
+    import deepspeed
+
+    deepspeed.ops.adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
+
+
 def engine_of(model: nn.Module, settings: Mapping[str, Any], **kwargs: Any) -> Any:
     """An engine as a user builds one; the optimizer by its name in the JSON unless one is given."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank())

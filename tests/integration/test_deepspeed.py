@@ -12,7 +12,7 @@ import torch.distributed as dist
 from layouts import OPTIONS, SHAPES, loss_of
 from models import Transformer, assert_same_bits
 from ranks import run_ranks
-from zero import HEADS, config, engine_of, train, weights
+from zero import HEADS, config, engine_of, put_cpu_adam, train, weights
 
 from amsf_dist import AMSF, reduce
 from amsf_dist.integrations.deepspeed import engine as binding
@@ -123,13 +123,6 @@ def test_collectives() -> None:
     run_ranks(2, quiet)
 
 
-class DeepSpeedCPUAdam(torch.optim.Adam):
-    """Stands for the optimizer that accelerate puts in the place of all others."""
-
-    def __init__(self, params: Any, adamw_mode: bool = True, **kwargs: Any) -> None:
-        super().__init__(params, lr=1e-3)
-
-
 def through_accelerate(how: str) -> Any:
     os.environ.update(
         LOCAL_RANK=str(dist.get_rank()),
@@ -146,10 +139,7 @@ def through_accelerate(how: str) -> Any:
     settings = config(stage=3, zero={"sub_group_size": 500}, **BF16)
     options = {**OPTIONS, "head_dim": HEADS}
     if how == "offload":
-        import deepspeed
-
-        # the real one is compiled for a minute, and would be made in the same place
-        deepspeed.ops.adam.DeepSpeedCPUAdam = DeepSpeedCPUAdam
+        put_cpu_adam()
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     model = transformer()
     if how == "by name":

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import yaml
 from ranks import run_ranks
 from torch import nn
+from zero import put_cpu_adam
 
 from amsf_dist import AMSF
 from amsf_dist.cli import main
@@ -53,6 +54,7 @@ def in_one_group(
 ) -> dict[str, list[Finding]]:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    put_cpu_adam()
     found = {}
     for name, (setup, factory) in cases.items():
         inside = Path(folder) / name
