@@ -95,8 +95,8 @@ def _runs(averaging: str, parts: int, seed: int | None = None) -> list[dict[str,
 def _table(averaging: str) -> str:
     lines = [
         f"## {averaging}\n",
-        "| N | held-out loss | spread | to exact, same seed (lowest .. highest) |",
-        "|---|---|---|---|",
+        "| N | runs | held-out loss | spread | to exact, same seed (lowest .. highest) |",
+        "|---|---|---|---|---|",
     ]
     exact = {found["seed"]: found["curve"][-1][1] for found in _runs(averaging, 1)}
     for parts in PARTS:
@@ -104,12 +104,12 @@ def _table(averaging: str) -> str:
         losses = [loss for loss in last.values() if loss is not None]
         if not losses:
             continue
-        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
+        spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         to = [100 * (last[s] / exact[s] - 1) for s in last if last[s] and exact.get(s)]
         name = "exact" if parts == 1 else f"{parts}, state"
         against = f"{statistics.fmean(to):+.2f} % ({min(to):+.2f} .. {max(to):+.2f})"
         lines.append(
-            f"| {name} | {statistics.fmean(losses):.4f} | {spread:.4f} | "
+            f"| {name} | {len(losses)} | {statistics.fmean(losses):.4f} | {spread} | "
             f"{'' if parts == 1 else against} |"
         )
     return "\n".join(lines)
