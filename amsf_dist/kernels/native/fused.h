@@ -17,6 +17,13 @@ constexpr int QUARTERS = 4;
 
 constexpr int GROUPS = BATCH / GROUP;
 
+// Numbers of a group, rounded to bf16 at random; the lowest 16 bits drawn count.
+inline void store_drawn(const Floats (&values)[QUARTERS], Longs word, const Drawn& drawn, uint16_t* to) {
+  for (int k = 0; k < QUARTERS; k += 2, to += GROUP / 2)
+    store_upper((Ints)values[k] + (drawn(word, k) & 0xFFFF),
+                (Ints)values[k + 1] + (drawn(word, k + 1) & 0xFFFF), to);
+}
+
 // NaN as the weight's format has it. A comparison of two vectors finds it in either.
 inline void make_known(Floats (&weights)[QUARTERS]) {
   const __mmask16 found =
@@ -38,7 +45,9 @@ template <> struct SplitWeight<8> {
     return {(Floats)((upper << 16) | ((Ints)lower & 0xFFFF)),
             (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32(lower, 16))};
   }
-  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS]) {
+  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t,
+                    const Drawn&) {
+    make_known(weights);
     Ints sums[QUARTERS];
     for (int k = 0; k < QUARTERS; ++k) {
       const Ints weight = (Ints)weights[k];
@@ -59,12 +68,44 @@ template <> struct SplitWeight<16> {
     return {(Floats)((upper << 16) | ((Ints)error & 0xFFFF)),
             (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32((__m512i)error, 16))};
   }
-  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS]) {
+  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t,
+                    const Drawn&) {
+    make_known(weights);
     for (int k = 0; k < QUARTERS; k += 2, at += GROUP / 2) {
       const Ints even = (Ints)weights[k], odd = (Ints)weights[k + 1];
       stored((even & 0xFFFF) | (odd << 16), static_cast<int16_t*>(p.error) + at);
       store_upper(even + 0x8000, odd + 0x8000, static_cast<uint16_t*>(p.weight) + at);
     }
+  }
+};
+
+// Where rounding could carry to infinity, or would make one of a NaN.
+constexpr int32_t STORABLE_BF16 = 0x7F7F0000;
+
+// The order in which numbers lie in memory.
+inline void in_line(const float* quarters, float* to) {
+  for (int i = 0; i < GROUP; ++i) to[i] = quarters[i / 32 * 32 + i % 2 * PAIRS + i % 32 / 2];
+}
+
+struct StochasticWeight {
+  static Two load(const Piece& p, int64_t at) { return widened(memory(p, at)); }
+  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t word,
+                    const Drawn& drawn) {
+    Ints top = all(0);
+    for (int k = 0; k < QUARTERS; ++k) top = larger(top, (Ints)magnitude(weights[k]));
+    if (__builtin_expect(_mm512_cmpgt_epi32_mask((__m512i)top, (__m512i)all(STORABLE_BF16)), 0)) {
+      float sorted[GROUP];
+      uint32_t bits[GROUP];
+      in_line(reinterpret_cast<const float*>(weights), sorted);
+      draw(word, GROUP, bits);
+      return store_at_random<BF16>(sorted, bits, GROUP, memory(p, at));
+    }
+    store_drawn(weights, all(word), drawn, memory(p, at));
+  }
+
+ private:
+  static uint16_t* memory(const Piece& p, int64_t at) {
+    return static_cast<uint16_t*>(p.weight) + at;
   }
 };
 
@@ -160,14 +201,11 @@ template <> struct Gap<LINE_BF16> {
   };
   static void store(const Piece& p, int64_t at, const Scales&, int, const float* values,
                     uint64_t word, const Constants& constants) {
-    const Longs first = all(word);
-    for (int k = 0; k < QUARTERS; k += 2) {
-      const Ints even = loaded<Ints>(values + k * PAIRS) + (constants.drawn(first, k) & 0xFFFF);
-      const Ints odd = loaded<Ints>(values + (k + 1) * PAIRS) + (constants.drawn(first, k + 1) & 0xFFFF);
-      store_upper(even, odd, line(p, at + k * PAIRS));
-    }
+    Floats four[QUARTERS];
+    for (int k = 0; k < QUARTERS; ++k) four[k] = loaded<Floats>(values + k * PAIRS);
+    store_drawn(four, all(word), constants.drawn, line(p, at));
   }
-  static constexpr int32_t STORABLE = 0x7F7F0000;  // noise could carry more to infinity
+  static constexpr int32_t STORABLE = STORABLE_BF16;
   static void store_rare(const Piece& p, int64_t at, int64_t, const float* values, uint64_t word) {
     uint32_t drawn[GROUP];
     draw(word, GROUP, drawn);
@@ -180,23 +218,25 @@ template <> struct Gap<LINE_BF16> {
 
 // Factors of the gradient: one for each group.
 using FusedBatch = bool (*)(const Piece&, int64_t at, int64_t group, const float* factors,
-                            uint64_t word);
+                            const Draws& draws);
 
 template <typename Line>
 void store_rare(const Piece& p, int64_t at, int64_t group, const float* values, uint64_t word) {
   float sorted[GROUP];
-  for (int i = 0; i < GROUP; ++i) sorted[i] = values[i / 32 * 32 + i % 2 * PAIRS + i % 32 / 2];
+  in_line(values, sorted);
   Line::store_rare(p, at, group, sorted, word);
 }
 
 // Schedule-Free, as `schedule_free` has it. False: not usual, and nothing done.
 template <typename Weight, typename Line, bool DECAYS>
-bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors, uint64_t word) {
+bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors,
+                 const Draws& draws) {
   if (!Line::usual(p, at)) return false;
   const Floats lr = all(p.a), average = all(p.b), direct = all(p.c), keep = all(p.d),
                decay = all(p.e);
   alignas(64) float gaps[BATCH];
   float units[GROUPS] = {};
+  const typename Line::Constants constants;
   Line::find_units(p, group, units);
   Ints tops[GROUPS];
   for (int g = 0; g < GROUPS; ++g) {
@@ -221,8 +261,7 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
       moved(k, weight.even, gradient.even, gap.even);
       moved(k + 1, weight.odd, gradient.odd, gap.odd);
     }
-    make_known(weights);
-    Weight::store(p, from, weights);
+    Weight::store(p, from, weights, draws.weight + g * GROUP * GAMMA, constants.drawn);
     tops[g] = top;
   }
   // apart, so that the way from the largest number to the scale is not waited for
@@ -230,10 +269,9 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
   const __m128i together = largest(tops);
   stored(together, largest_here);
   const auto scales = Line::scales_of(p, group, together);
-  const typename Line::Constants constants;
   for (int g = 0; g < GROUPS; ++g) {
     const float* values = gaps + g * GROUP;
-    const uint64_t first = word + g * GROUP * GAMMA;
+    const uint64_t first = draws.line + g * GROUP * GAMMA;
     if (__builtin_expect(largest_here[g] <= Line::STORABLE, 1))
       Line::store(p, at + g * GROUP, scales, g, values, first, constants);
     else
@@ -253,14 +291,16 @@ template <typename Weight> inline FusedBatch with_line(const Piece& p) {
 
 inline FusedBatch fused_for(const Piece& p) {
   if (p.rule != 0 || p.gradient_format != BF16 || p.weight_format != BF16 ||
-      p.weight_kind != SPLIT || p.elementwise || p.column_scale || p.scales_gradient)
+      p.elementwise || p.column_scale || p.scales_gradient)
     return nullptr;
+  if (p.weight_kind == STOCHASTIC) return with_line<StochasticWeight>(p);
+  if (p.weight_kind != SPLIT) return nullptr;
   return p.error_bits == 8 ? with_line<SplitWeight<8>>(p) : with_line<SplitWeight<16>>(p);
 }
 
 #else
 
-using FusedBatch = bool (*)(const Piece&, int64_t, int64_t, const float*, uint64_t);
+using FusedBatch = bool (*)(const Piece&, int64_t, int64_t, const float*, const Draws&);
 inline FusedBatch fused_for(const Piece&) { return nullptr; }
 
 #endif

@@ -221,19 +221,8 @@ inline void fetch_ahead(const Piece& p, int64_t at, const Bytes& bytes) {
   fetch(static_cast<const char*>(p.line) + at * bytes.line, BATCH * bytes.line);
 }
 
-// What the tile's numbers are rounded with: their words are a line from the first number on.
-struct Draws {
-  uint64_t weight, line;
-};
-
-inline Draws draws_of(const Piece& p, const Tile& tile) {
-  return {word_at(key_of(p.weight_family, p.step), tile.place),
-          word_at(key_of(p.line_family, p.step), tile.place)};
-}
-
 inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, const Draws& draws,
                        Batch& batch) {
-  const uint64_t first = static_cast<uint64_t>(at - tile.start) * GAMMA;
   load_plain(p.gradient_format, p.gradient, at, n, batch.gradient);
   if (p.scales_gradient)
     for (int i = 0; i < n; ++i) batch.gradient[i] *= p.factor;
@@ -250,14 +239,14 @@ inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, cons
   move_numbers(
       p, n, batch.gradient, [=](int64_t i) { return scale[i]; }, batch.weight, batch.line);
 
-  if (p.weight_kind == STOCHASTIC) draw(draws.weight + first, n, batch.bits);
+  if (p.weight_kind == STOCHASTIC) draw(draws.weight, n, batch.bits);
   if (p.weight_format == FP32)
     std::memcpy(static_cast<float*>(p.weight) + at, batch.weight, n * sizeof(float));
   else if (p.weight_format == BF16)
     store_weight_16<BF16>(p, at, n, batch);
   else
     store_weight_16<FP16>(p, at, n, batch);
-  store_line(p, tile, at, n, draws.line + first, batch);
+  store_line(p, tile, at, n, draws.line, batch);
 }
 
 // Of a whole batch, the factor of each group; false where a group is cut by a block or by the tile.
@@ -286,15 +275,12 @@ inline void move_tile(const Piece& p, const Tile& tile) {
     n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
     fetch_ahead(p, at + 2 * BATCH, bytes);
-    if (fused && n == BATCH) {
-      const int64_t before = at - tile.start;
-      float factors[BATCH / GROUP];
-      if (factors_of(p, tile, at, factors) &&
-          fused(p, at, tile.first_group + (before + tile.phase) / GROUP, factors,
-                draws.line + static_cast<uint64_t>(before) * GAMMA))
-        continue;
-    }
-    move_batch(p, tile, at, n, draws, batch);
+    const int64_t before = at - tile.start;
+    const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
+    float factors[BATCH / GROUP];
+    const bool whole = fused && n == BATCH && factors_of(p, tile, at, factors);
+    if (!whole || !fused(p, at, group, factors, draws.ahead(before)))
+      move_batch(p, tile, at, n, draws.ahead(before), batch);
   }
 }
 
