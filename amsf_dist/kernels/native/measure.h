@@ -9,33 +9,51 @@ namespace amsf {
 
 typedef float Lanes __attribute__((vector_size(64)));
 constexpr int WIDTH = 16;
-constexpr int64_t AHEAD = 512;   // numbers, of a prefetch
+constexpr int64_t AHEAD = 8192;  // bytes, of a prefetch: two pages
 constexpr int64_t FLUSH = 4096;  // numbers whose squares are added in fp32 before fp64 takes over
 
-// fp32 in 64 lanes, always the same ones for the same place in [at, at + n): no thread count, and
+// [from, from + 16) as fp32: of fp32 and bf16.
+template <Format F> inline Lanes widened(const void* numbers, int64_t from);
+template <> inline Lanes widened<FP32>(const void* numbers, int64_t from) {
+  Lanes x;
+  std::memcpy(&x, static_cast<const float*>(numbers) + from, sizeof x);
+  return x;
+}
+template <> inline Lanes widened<BF16>(const void* numbers, int64_t from) {
+  alignas(64) float x[WIDTH];
+  load_16<BF16>(static_cast<const uint16_t*>(numbers) + from, WIDTH, x);
+  return widened<FP32>(x, 0);
+}
+template <Format F> inline float single(const void* numbers, int64_t i) {
+  return F == FP32 ? static_cast<const float*>(numbers)[i]
+                   : widen<BF16>(static_cast<const uint16_t*>(numbers)[i]);
+}
+
+template <Format F> inline Lanes square(const void* numbers, int64_t from) {
+  const Lanes x = widened<F>(numbers, from);
+  return x * x;
+}
+
+// Added in 64 lanes, always the same ones for the same place in [at, at + n): no thread count, and
 // no instruction set, changes a sum.
-inline double squares_of(const float* numbers, int64_t n) {
+template <Format F> inline double squares_of(const void* numbers, int64_t at, int64_t n) {
+  constexpr int64_t SIZE = F == FP32 ? 4 : 2;
   double total = 0.0;
-  for (int64_t from = 0; from < n; from += FLUSH) {
-    const int64_t stop = n - from < FLUSH ? n : from + FLUSH;
-    Lanes sum[4] = {};
+  for (int64_t from = at; from < at + n; from += FLUSH) {
+    const int64_t stop = at + n - from < FLUSH ? at + n : from + FLUSH;
+    Lanes a = {}, b = {}, c = {}, d = {};  // not an array: that would live in memory
     int64_t i = from;
     for (; i + 4 * WIDTH <= stop; i += 4 * WIDTH) {
-      for (int k = 0; k < 4; ++k) {
-        Lanes x;
-        std::memcpy(&x, numbers + i + k * WIDTH, sizeof x);
-        sum[k] += x * x;
-      }
-      fetch(numbers + i + AHEAD, 4 * sizeof(Lanes));
+      a += square<F>(numbers, i);
+      b += square<F>(numbers, i + WIDTH);
+      c += square<F>(numbers, i + 2 * WIDTH);
+      d += square<F>(numbers, i + 3 * WIDTH);
+      fetch(static_cast<const char*>(numbers) + i * SIZE + AHEAD, 4 * WIDTH * SIZE);
     }
-    for (; i + WIDTH <= stop; i += WIDTH) {
-      Lanes x;
-      std::memcpy(&x, numbers + i, sizeof x);
-      sum[0] += x * x;
-    }
+    for (; i + WIDTH <= stop; i += WIDTH) a += square<F>(numbers, i);
     float rest = 0.0f;
-    for (; i < stop; ++i) rest += numbers[i] * numbers[i];
-    const Lanes all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (; i < stop; ++i) rest += single<F>(numbers, i) * single<F>(numbers, i);
+    const Lanes all = (a + b) + (c + d);
     float lanes[WIDTH];
     std::memcpy(lanes, &all, sizeof all);
     for (int half = WIDTH / 2; half; half /= 2)
@@ -46,14 +64,14 @@ inline double squares_of(const float* numbers, int64_t n) {
 }
 
 inline double squares_at(const Piece& piece, int64_t at, int64_t n) {
-  if (piece.gradient_format == FP32)
-    return squares_of(static_cast<const float*>(piece.gradient) + at, n);
+  if (piece.gradient_format == FP32) return squares_of<FP32>(piece.gradient, at, n);
+  if (piece.gradient_format == BF16) return squares_of<BF16>(piece.gradient, at, n);
   alignas(64) float numbers[FLUSH];
   double total = 0.0;
   for (int64_t from = 0; from < n; from += FLUSH) {
     const int part = static_cast<int>(n - from < FLUSH ? n - from : FLUSH);
-    load_plain(piece.gradient_format, piece.gradient, at + from, part, numbers);
-    total += squares_of(numbers, part);
+    load_plain(FP16, piece.gradient, at + from, part, numbers);
+    total += squares_of<FP32>(numbers, 0, part);
   }
   return total;
 }

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "tensors.h"
+#include "fused.h"
 
 namespace amsf {
 
@@ -221,43 +221,66 @@ inline void fetch_ahead(const Piece& p, int64_t at, const Bytes& bytes) {
   fetch(static_cast<const char*>(p.line) + at * bytes.line, BATCH * bytes.line);
 }
 
+inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, const Draws& draws,
+                       Batch& batch) {
+  load_plain(p.gradient_format, p.gradient, at, n, batch.gradient);
+  if (p.scales_gradient)
+    for (int i = 0; i < n; ++i) batch.gradient[i] *= p.factor;
+  spread_scale(p, tile, at, n, batch);
+  if (p.weight_format == FP32)
+    load_plain(FP32, p.weight, at, n, batch.weight);
+  else if (p.weight_format == BF16)
+    load_weight_16<BF16>(p, at, n, batch.weight);
+  else
+    load_weight_16<FP16>(p, at, n, batch.weight);
+  load_line(p, tile, at, n, batch.line);
+
+  const float* scale = batch.scale;
+  move_numbers(
+      p, n, batch.gradient, [=](int64_t i) { return scale[i]; }, batch.weight, batch.line);
+
+  if (p.weight_kind == STOCHASTIC) draw(draws.weight, n, batch.bits);
+  if (p.weight_format == FP32)
+    std::memcpy(static_cast<float*>(p.weight) + at, batch.weight, n * sizeof(float));
+  else if (p.weight_format == BF16)
+    store_weight_16<BF16>(p, at, n, batch);
+  else
+    store_weight_16<FP16>(p, at, n, batch);
+  store_line(p, tile, at, n, draws.line, batch);
+}
+
+// Of a whole batch, the factor of each group; false where a group is cut by a block or by the tile.
+inline bool factors_of(const Piece& p, const Tile& tile, int64_t at, float* factors) {
+  if (tile.first_shared >= 0 && at == tile.start) return false;
+  if (tile.last_shared >= 0 && at + BATCH == tile.stop) return false;
+  const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
+  int64_t block = (at - tile.start) / numel, inside = (at - tile.start) % numel;
+  for (int g = 0; g < BATCH / GROUP; ++g) {
+    if (inside == numel) ++block, inside = 0;
+    inside += GROUP;
+    if (inside > numel) return false;
+    factors[g] = p.scale[tile.first_block + block];
+  }
+  return true;
+}
+
 inline void move_tile(const Piece& p, const Tile& tile) {
   if (in_place(p)) return move_in_place(p, tile);
   Batch batch;
-  const uint64_t weight_key = key_of(p.weight_family, p.step);
-  const uint64_t line_key = key_of(p.line_family, p.step);
+  const Draws draws = draws_of(p, tile);
   const Bytes bytes = bytes_of(p);
+  const FusedBatch fused = fused_for(p);
   int n = 0;
   for (int64_t at = tile.start; at < tile.stop; at += n) {
     n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
-    const int64_t place = tile.place + (at - tile.start);
-
     fetch_ahead(p, at + 2 * BATCH, bytes);
-    load_plain(p.gradient_format, p.gradient, at, n, batch.gradient);
-    if (p.scales_gradient)
-      for (int i = 0; i < n; ++i) batch.gradient[i] *= p.factor;
-    spread_scale(p, tile, at, n, batch);
-    if (p.weight_format == FP32)
-      load_plain(FP32, p.weight, at, n, batch.weight);
-    else if (p.weight_format == BF16)
-      load_weight_16<BF16>(p, at, n, batch.weight);
-    else
-      load_weight_16<FP16>(p, at, n, batch.weight);
-    load_line(p, tile, at, n, batch.line);
-
-    const float* scale = batch.scale;
-    move_numbers(
-        p, n, batch.gradient, [=](int64_t i) { return scale[i]; }, batch.weight, batch.line);
-
-    if (p.weight_kind == STOCHASTIC) draw(word_at(weight_key, place), n, batch.bits);
-    if (p.weight_format == FP32)
-      std::memcpy(static_cast<float*>(p.weight) + at, batch.weight, n * sizeof(float));
-    else if (p.weight_format == BF16)
-      store_weight_16<BF16>(p, at, n, batch);
-    else
-      store_weight_16<FP16>(p, at, n, batch);
-    store_line(p, tile, at, n, word_at(line_key, place), batch);
+    const int64_t before = at - tile.start;
+    const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
+    float factors[BATCH / GROUP];
+    const bool whole = fused && n == BATCH && factors_of(p, tile, at, factors);
+    if (!whole || !fused(p, at, group, factors, draws.ahead(before)))
+      move_batch(p, tile, at, n, draws.ahead(before), batch);
   }
 }
 

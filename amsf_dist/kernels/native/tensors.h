@@ -52,6 +52,21 @@ struct Piece {
   int32_t unused;
 };
 
+// What a number is rounded with; the words of those behind it follow.
+struct Draws {
+  uint64_t weight, line;
+
+  Draws ahead(int64_t numbers) const {
+    const uint64_t words = static_cast<uint64_t>(numbers) * GAMMA;
+    return {weight + words, line + words};
+  }
+};
+
+inline Draws draws_of(const Piece& p, const Tile& tile) {
+  return {word_at(key_of(p.weight_family, p.step), tile.place),
+          word_at(key_of(p.line_family, p.step), tile.place)};
+}
+
 // No more threads than there is work for: waking one takes as long as some 10,000 numbers.
 inline int threads_for(const Piece* pieces, int64_t count, int64_t most) {
   int64_t numel = 0;

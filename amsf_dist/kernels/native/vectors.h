@@ -1,0 +1,137 @@
+// 32 numbers at once, for processors with AVX-512: those at even places in one vector, those at odd
+// ones in another. Two numbers of 16 bits lie in each 32 bits of memory, so that a shift or a mask
+// is all it takes to widen them; in their own order it is a shuffle, and compilers make several.
+#pragma once
+
+#include "storages.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__FMA__)
+#define AMSF_VECTORS 1
+#include <immintrin.h>
+
+namespace amsf {
+
+constexpr int PAIRS = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef int16_t Shorts __attribute__((vector_size(64)));
+typedef uint64_t Longs __attribute__((vector_size(64)));
+
+constexpr int32_t UPPER = -0x10000;
+
+template <typename Vector> inline Vector loaded(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <typename Vector> inline void stored(const Vector& vector, void* to) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+inline Floats all(float value) { return (Floats)_mm512_set1_ps(value); }
+inline Ints all(int32_t value) { return (Ints)_mm512_set1_epi32(value); }
+
+// Numbers at even and at odd places.
+struct Two {
+  Floats even, odd;
+};
+
+// 32 bf16 as fp32; the upper halves of fp32 as bf16.
+inline Two widened(const void* from) {
+  const Ints both = loaded<Ints>(from);
+  return {(Floats)(both << 16), (Floats)(both & UPPER)};
+}
+inline void store_upper(Ints even, Ints odd, void* to) {
+  const Ints low = (Ints)_mm512_srli_epi32((__m512i)even, 16);
+  stored(low | (odd & UPPER), to);
+}
+
+inline Shorts bytes(const void* from) {
+  return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+
+// A constant that stays in its register: compilers would rather make it anew in every turn.
+template <typename Vector> inline Vector held(Vector vector) {
+  asm("" : "+v"(vector));
+  return vector;
+}
+
+// Bytes of 64 numbers, two of them after two, in an order that `in_order` undoes.
+struct Bytes64 {
+  __mmask64 second, third, fourth;
+  Bytes64() : second(0x00AA00AA00AA00AA), third(0x5500550055005500), fourth(0xAA00AA00AA00AA00) {
+    asm("" : "+k"(second), "+k"(third), "+k"(fourth));
+  }
+  template <int BYTE> __m512i of(const Ints (&numbers)[4]) const {
+    constexpr int LOW = BYTE * 0x0101 + (BYTE + 4) * 0x01010000, NEXT = 0x08080808;
+    const __m512i from = _mm512_set4_epi32(LOW + NEXT, LOW, LOW + NEXT, LOW);
+    __m512i found = _mm512_shuffle_epi8((__m512i)numbers[0], from);
+    found = _mm512_mask_shuffle_epi8(found, second, (__m512i)numbers[1], from);
+    found = _mm512_mask_shuffle_epi8(found, third, (__m512i)numbers[2], from);
+    return _mm512_mask_shuffle_epi8(found, fourth, (__m512i)numbers[3], from);
+  }
+};
+inline __m512i in_order(__m512i bytes) {
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
+}
+
+inline Floats floats(Ints values) { return (Floats)_mm512_cvtepi32_ps((__m512i)values); }
+inline Ints truncated(Floats values) { return (Ints)_mm512_cvttps_epi32((__m512)values); }
+inline Floats root(Floats values) { return (Floats)_mm512_sqrt_ps((__m512)values); }
+inline Floats magnitude(Floats values) {
+  return (Floats)((Ints)values & static_cast<int32_t>(MAGNITUDE));
+}
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+
+// a * b + c, rounded once.
+inline Floats once(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+// Multiples of GAMMA for a group's numbers: 8 at even places, 8 more, 16 at odd ones; second half.
+struct Places {
+  alignas(64) uint64_t of_gamma[64];
+  Places() {
+    for (uint64_t i = 0; i < 64; ++i) of_gamma[i] = (i / 32 * 32 + i % 16 * 2 + i % 32 / 16) * GAMMA;
+  }
+};
+static const Places PLACES;
+
+inline Longs all(uint64_t word) { return (Longs)_mm512_set1_epi64(static_cast<int64_t>(word)); }
+
+struct Drawn {
+  Longs first = held(all(uint64_t{0x62A9D9ED799705F5u}));
+  Longs second = held(all(uint64_t{0xCB24D0A5C88C35B3u}));
+
+  Longs mixed(Longs z) const {
+    z = (z ^ (z >> 33)) * first;
+    return (z ^ (z >> 28)) * second;
+  }
+  // `drawn` for vector k of a group whose first number has this word.
+  Ints operator()(Longs word, int k) const {
+    const Longs low = mixed(word + loaded<Longs>(PLACES.of_gamma + k * PAIRS));
+    const Longs high = mixed(word + loaded<Longs>(PLACES.of_gamma + k * PAIRS + PAIRS / 2));
+    const __m512i upper =
+        _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return (Ints)_mm512_permutex2var_epi32((__m512i)low, upper, (__m512i)high);
+  }
+};
+
+
+// The largest of each of four vectors.
+inline __m128i largest(const Ints (&tops)[4]) {
+  const __m512i a = (__m512i)tops[0], b = (__m512i)tops[1], c = (__m512i)tops[2],
+                d = (__m512i)tops[3];
+  const __m512i ab = _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_max_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i abcd =
+      _mm512_max_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half =
+      _mm256_max_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+  return _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+}  // namespace amsf
+#endif
