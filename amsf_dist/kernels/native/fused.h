@@ -34,9 +34,31 @@ inline void make_known(Floats (&weights)[QUARTERS]) {
       weights[k] = weights[k] == weights[k] ? weights[k] : (Floats)all(QUIET_NAN[BF16]);
 }
 
+// Weights, and gradients of the same dtype.
+struct PlainWeight {
+  static Two gradient(const Piece& p, int64_t at) {
+    return parted(static_cast<const float*>(p.gradient) + at);
+  }
+  static Two load(const Piece& p, int64_t at) {
+    return parted(static_cast<const float*>(p.weight) + at);
+  }
+  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t,
+                    const Drawn&) {
+    float* to = static_cast<float*>(p.weight) + at;
+    store_joined(weights[0], weights[1], to);
+    store_joined(weights[2], weights[3], to + GROUP / 2);
+  }
+};
+
+struct Weight16 {
+  static Two gradient(const Piece& p, int64_t at) {
+    return widened(static_cast<const uint16_t*>(p.gradient) + at);
+  }
+};
+
 template <int KEPT> struct SplitWeight;
 
-template <> struct SplitWeight<8> {
+template <> struct SplitWeight<8> : Weight16 {
   static Two load(const Piece& p, int64_t at) {
     const Shorts error = bytes(static_cast<const int8_t*>(p.error) + at);
     // a negative error takes one from the half above it
@@ -61,7 +83,7 @@ template <> struct SplitWeight<8> {
   }
 };
 
-template <> struct SplitWeight<16> {
+template <> struct SplitWeight<16> : Weight16 {
   static Two load(const Piece& p, int64_t at) {
     const Shorts error = loaded<Shorts>(static_cast<const int16_t*>(p.error) + at);
     const Ints upper = (Ints)(loaded<Shorts>(static_cast<const uint16_t*>(p.weight) + at) + (error >> 15));
@@ -87,7 +109,7 @@ inline void in_line(const float* quarters, float* to) {
   for (int i = 0; i < GROUP; ++i) to[i] = quarters[i / 32 * 32 + i % 2 * PAIRS + i % 32 / 2];
 }
 
-struct StochasticWeight {
+struct StochasticWeight : Weight16 {
   static Two load(const Piece& p, int64_t at) { return widened(memory(p, at)); }
   static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t word,
                     const Drawn& drawn) {
@@ -257,7 +279,7 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
     for (int k = 0; k < QUARTERS; k += 2) {
       const int64_t here = from + k * PAIRS;
       const Two weight = Weight::load(p, here), gap = Line::load(p, here, unit),
-                gradient = widened(static_cast<const uint16_t*>(p.gradient) + here);
+                gradient = Weight::gradient(p, here);
       moved(k, weight.even, gradient.even, gap.even);
       moved(k + 1, weight.odd, gradient.odd, gap.odd);
     }
@@ -290,9 +312,11 @@ template <typename Weight> inline FusedBatch with_line(const Piece& p) {
 }
 
 inline FusedBatch fused_for(const Piece& p) {
-  if (p.rule != 0 || p.gradient_format != BF16 || p.weight_format != BF16 ||
-      p.elementwise || p.column_scale || p.scales_gradient)
+  if (p.rule != 0 || p.elementwise || p.column_scale || p.scales_gradient ||
+      p.gradient_format != p.weight_format)
     return nullptr;
+  if (p.weight_format == FP32) return with_line<PlainWeight>(p);
+  if (p.weight_format != BF16) return nullptr;
   if (p.weight_kind == STOCHASTIC) return with_line<StochasticWeight>(p);
   if (p.weight_kind != SPLIT) return nullptr;
   return p.error_bits == 8 ? with_line<SplitWeight<8>>(p) : with_line<SplitWeight<16>>(p);

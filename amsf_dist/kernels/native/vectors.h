@@ -48,6 +48,22 @@ inline void store_upper(Ints even, Ints odd, void* to) {
   stored(low | (odd & UPPER), to);
 }
 
+// 32 fp32, which take a shuffle to part and to join again.
+inline Two parted(const float* from) {
+  const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + PAIRS);
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {(Floats)_mm512_permutex2var_ps(low, even, high),
+          (Floats)_mm512_permutex2var_ps(low, odd, high)};
+}
+inline void store_joined(Floats even, Floats odd, float* to) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps((__m512)even, low, (__m512)odd));
+  _mm512_storeu_ps(to + PAIRS, _mm512_permutex2var_ps((__m512)even, high, (__m512)odd));
+}
+
 inline Shorts bytes(const void* from) {
   return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
