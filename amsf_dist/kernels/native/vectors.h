@@ -117,6 +117,7 @@ static const Places PLACES;
 
 inline Longs all(uint64_t word) { return (Longs)_mm512_set1_epi64(static_cast<int64_t>(word)); }
 
+// Random bits; its constants stay in registers.
 struct Drawn {
   Longs first = held(all(uint64_t{0x62A9D9ED799705F5u}));
   Longs second = held(all(uint64_t{0xCB24D0A5C88C35B3u}));
@@ -136,7 +137,7 @@ struct Drawn {
 };
 
 
-// The largest of each of four vectors.
+// The largest number of each of four vectors.
 inline __m128i largest(const Ints (&tops)[4]) {
   const __m512i a = (__m512i)tops[0], b = (__m512i)tops[1], c = (__m512i)tops[2],
                 d = (__m512i)tops[3];
