@@ -12,7 +12,7 @@ constexpr int WIDTH = 16;
 constexpr int64_t AHEAD = 8192;  // bytes, of a prefetch: two pages
 constexpr int64_t FLUSH = 4096;  // numbers whose squares are added in fp32 before fp64 takes over
 
-// [from, from + 16) as fp32: of fp32 and bf16.
+// [from, from + 16) as fp32, of fp32 and bf16: what fp16 takes is no single instruction.
 template <Format F> inline Lanes widened(const void* numbers, int64_t from);
 template <> inline Lanes widened<FP32>(const void* numbers, int64_t from) {
   Lanes x;
@@ -24,6 +24,7 @@ template <> inline Lanes widened<BF16>(const void* numbers, int64_t from) {
   load_16<BF16>(static_cast<const uint16_t*>(numbers) + from, WIDTH, x);
   return widened<FP32>(x, 0);
 }
+
 template <Format F> inline float single(const void* numbers, int64_t i) {
   return F == FP32 ? static_cast<const float*>(numbers)[i]
                    : widen<BF16>(static_cast<const uint16_t*>(numbers)[i]);

@@ -1,6 +1,7 @@
 // Second moments, weights and lines (docs/algorithm.md (2), (3), (6) to (8), (10), (11), (14)): what
 // kernels/move.py does, in batches that stay in the first-level cache. Every stage is a loop over
-// a batch, in the order of operations of the reference, compiled without contraction.
+// a batch, in the order of operations of the reference, compiled without contraction. The usual
+// settings take another way where they can: fused.h.
 #pragma once
 
 #include <vector>

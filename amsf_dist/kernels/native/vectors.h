@@ -48,6 +48,22 @@ inline void store_upper(Ints even, Ints odd, void* to) {
   stored(low | (odd & UPPER), to);
 }
 
+// 32 fp32, which take a shuffle to part and to join again.
+inline Two parted(const float* from) {
+  const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + PAIRS);
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {(Floats)_mm512_permutex2var_ps(low, even, high),
+          (Floats)_mm512_permutex2var_ps(low, odd, high)};
+}
+inline void store_joined(Floats even, Floats odd, float* to) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps((__m512)even, low, (__m512)odd));
+  _mm512_storeu_ps(to + PAIRS, _mm512_permutex2var_ps((__m512)even, high, (__m512)odd));
+}
+
 inline Shorts bytes(const void* from) {
   return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
@@ -101,6 +117,7 @@ static const Places PLACES;
 
 inline Longs all(uint64_t word) { return (Longs)_mm512_set1_epi64(static_cast<int64_t>(word)); }
 
+// Random bits; its constants stay in registers.
 struct Drawn {
   Longs first = held(all(uint64_t{0x62A9D9ED799705F5u}));
   Longs second = held(all(uint64_t{0xCB24D0A5C88C35B3u}));
@@ -120,7 +137,7 @@ struct Drawn {
 };
 
 
-// The largest of each of four vectors.
+// The largest number of each of four vectors.
 inline __m128i largest(const Ints (&tops)[4]) {
   const __m512i a = (__m512i)tops[0], b = (__m512i)tops[1], c = (__m512i)tops[2],
                 d = (__m512i)tops[3];

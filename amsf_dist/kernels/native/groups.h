@@ -1,0 +1,33 @@
+// A group of 64 numbers in four vectors, for fused.h.
+#pragma once
+
+#include "tensors.h"
+#include "vectors.h"
+
+#ifdef AMSF_VECTORS
+
+namespace amsf {
+
+// Four vectors of a group: numbers at even and odd places of its first half, then of its second.
+constexpr int QUARTERS = 4;
+
+constexpr int GROUPS = BATCH / GROUP;
+
+// Where rounding could carry to infinity, or would make one of a NaN.
+constexpr int32_t STORABLE_BF16 = 0x7F7F0000;
+
+// The order in which numbers lie in memory.
+inline void in_line(const float* quarters, float* to) {
+  for (int i = 0; i < GROUP; ++i) to[i] = quarters[i / 32 * 32 + i % 2 * PAIRS + i % 32 / 2];
+}
+
+// Numbers of a group, rounded to bf16 at random; the lowest 16 bits drawn count.
+inline void store_drawn(const Floats (&values)[QUARTERS], Longs word, const Drawn& drawn,
+                        uint16_t* to) {
+  for (int k = 0; k < QUARTERS; k += 2, to += GROUP / 2)
+    store_upper((Ints)values[k] + (drawn(word, k) & 0xFFFF),
+                (Ints)values[k + 1] + (drawn(word, k + 1) & 0xFFFF), to);
+}
+
+}  // namespace amsf
+#endif
