@@ -275,13 +275,13 @@ inline void move_tile(const Piece& p, const Tile& tile) {
   for (int64_t at = tile.start; at < tile.stop; at += n) {
     n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
-    fetch_ahead(p, at + 2 * BATCH, bytes);
     const int64_t before = at - tile.start;
     const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
     float factors[BATCH / GROUP];
     const bool whole = fused && n == BATCH && factors_of(p, tile, at, factors);
-    if (!whole || !fused(p, at, group, factors, draws.ahead(before)))
-      move_batch(p, tile, at, n, draws.ahead(before), batch);
+    if (whole && fused(p, at, group, factors, draws.ahead(before))) continue;
+    fetch_ahead(p, at + 2 * BATCH, bytes);
+    move_batch(p, tile, at, n, draws.ahead(before), batch);
   }
 }
 
