@@ -24,6 +24,11 @@ void store_rare(const Piece& p, int64_t at, int64_t group, const float* values, 
   Line::store_rare(p, at, group, sorted, word);
 }
 
+// Memory of the group that is so far ahead.
+template <int SIZE> inline void fetch_group(const void* memory, int64_t at) {
+  fetch(static_cast<const char*>(memory) + (at + 2 * BATCH) * SIZE, GROUP * SIZE);
+}
+
 // Schedule-Free, as `schedule_free` has it. False: not usual, and nothing done.
 template <typename Weight, typename Line, bool DECAYS>
 bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors,
@@ -39,6 +44,9 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
   for (int g = 0; g < GROUPS; ++g) {
     const Floats scale = all(factors[g]), unit = all(units[g]);
     const int64_t from = at + g * GROUP;
+    // a little in every turn: a processor waits when it is asked for more than it can look for
+    fetch_group<Weight::SIZE>(p.gradient, from);
+    fetch_group<Weight::ERROR_SIZE>(p.error, from);
     Floats weights[QUARTERS];
     Ints top = all(0);
     const auto moved = [&](int k, Floats weight, Floats gradient, Floats gap) {
@@ -69,6 +77,8 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
   for (int g = 0; g < GROUPS; ++g) {
     const float* values = gaps + g * GROUP;
     const uint64_t first = draws.line + g * GROUP * GAMMA;
+    fetch_group<Weight::SIZE>(p.weight, at + g * GROUP);
+    fetch_group<Line::SIZE>(p.line, at + g * GROUP);
     if (__builtin_expect(largest_here[g] <= Line::STORABLE, 1))
       Line::store(p, at + g * GROUP, scales, g, values, first, constants);
     else

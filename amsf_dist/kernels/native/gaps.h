@@ -14,6 +14,7 @@ namespace amsf {
 template <LineKind KIND> struct Gap;
 
 template <> struct Gap<LINE_INT8> {
+  static constexpr int SIZE = 1;
   static bool usual(const Piece& p, int64_t at) {  // no NaN, which is the code -128
     const __m512i nan = _mm512_set1_epi8(-128);
     __mmask64 found = 0;
@@ -94,6 +95,7 @@ template <> struct Gap<LINE_INT8> {
 };
 
 template <> struct Gap<LINE_BF16> {
+  static constexpr int SIZE = 2;
   static bool usual(const Piece&, int64_t) { return true; }
   static void find_units(const Piece&, int64_t, float (&)[GROUPS]) {}
   static Two load(const Piece& p, int64_t at, Floats) { return widened(line(p, at)); }

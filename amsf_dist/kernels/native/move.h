@@ -113,13 +113,22 @@ inline bool in_place(const Piece& p) {
 }
 
 inline void move_in_place(const Piece& p, const Tile& tile) {
+  constexpr int64_t PART = 64, AHEAD = 256;  // numbers; the latter found by trial
+  const float* gradients = static_cast<const float*>(p.gradient);
+  float* weights = static_cast<float*>(p.weight);
+  float* lines = static_cast<float*>(p.line);
   const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
   for (int64_t b = 0; b < tile.num_blocks; ++b) {
-    const int64_t at = tile.start + b * numel;
+    const int64_t stop = tile.start + (b + 1) * numel;
     const float factor = p.scale[tile.first_block + b];
-    move_numbers(
-        p, numel, static_cast<const float*>(p.gradient) + at, [=](int64_t) { return factor; },
-        static_cast<float*>(p.weight) + at, static_cast<float*>(p.line) + at);
+    const auto scale = [=](int64_t) { return factor; };
+    for (int64_t at = stop - numel; at < stop; at += PART) {
+      const int64_t n = stop - at < PART ? stop - at : PART;
+      fetch(gradients + at + AHEAD, PART * sizeof(float));
+      fetch(weights + at + AHEAD, PART * sizeof(float));
+      fetch(lines + at + AHEAD, PART * sizeof(float));
+      move_numbers(p, n, gradients + at, scale, weights + at, lines + at);
+    }
   }
 }
 
@@ -275,13 +284,13 @@ inline void move_tile(const Piece& p, const Tile& tile) {
   for (int64_t at = tile.start; at < tile.stop; at += n) {
     n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
-    fetch_ahead(p, at + 2 * BATCH, bytes);
     const int64_t before = at - tile.start;
     const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
     float factors[BATCH / GROUP];
     const bool whole = fused && n == BATCH && factors_of(p, tile, at, factors);
-    if (!whole || !fused(p, at, group, factors, draws.ahead(before)))
-      move_batch(p, tile, at, n, draws.ahead(before), batch);
+    if (whole && fused(p, at, group, factors, draws.ahead(before))) continue;
+    fetch_ahead(p, at + 2 * BATCH, bytes);
+    move_batch(p, tile, at, n, draws.ahead(before), batch);
   }
 }
 

@@ -19,6 +19,7 @@ inline void make_known(Floats (&weights)[QUARTERS]) {
 
 // Weights, and gradients of the same dtype.
 struct PlainWeight {
+  static constexpr int SIZE = 4, ERROR_SIZE = 0;
   static Two gradient(const Piece& p, int64_t at) {
     return parted(static_cast<const float*>(p.gradient) + at);
   }
@@ -34,6 +35,7 @@ struct PlainWeight {
 };
 
 struct Weight16 {
+  static constexpr int SIZE = 2, ERROR_SIZE = 0;
   static Two gradient(const Piece& p, int64_t at) {
     return widened(static_cast<const uint16_t*>(p.gradient) + at);
   }
@@ -47,6 +49,7 @@ inline Ints less_borrow(const uint16_t* weights, Shorts error) {
 template <int KEPT> struct SplitWeight;
 
 template <> struct SplitWeight<8> : Weight16 {
+  static constexpr int ERROR_SIZE = 1;
   static Two load(const Piece& p, int64_t at) {
     const Shorts error = bytes(static_cast<const int8_t*>(p.error) + at);
     const Ints upper = less_borrow(static_cast<const uint16_t*>(p.weight) + at, error);
@@ -71,6 +74,7 @@ template <> struct SplitWeight<8> : Weight16 {
 };
 
 template <> struct SplitWeight<16> : Weight16 {
+  static constexpr int ERROR_SIZE = 2;
   static Two load(const Piece& p, int64_t at) {
     const Shorts error = loaded<Shorts>(static_cast<const int16_t*>(p.error) + at);
     const Ints upper = less_borrow(static_cast<const uint16_t*>(p.weight) + at, error);
