@@ -98,11 +98,12 @@ def plans(name: str) -> tuple[int, int, dict[tuple[int, str], int]]:
     config = transformers.AutoConfig.for_model(kind, **arguments)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    floats = {
-        (ranks, blocks): explain(model, mesh=ranks, blocks=blocks).cut_blocks + 1
+    cut = {
+        (ranks, blocks): explain(model, mesh=ranks, blocks=blocks).cut_blocks
         for ranks in RANKS
         for blocks in ("auto", "factored")
     }
+    floats = {key: number + 1 if number else 0 for key, number in cut.items()}  # 0: no collective
     params = list(model.parameters())
     return sum(param.numel() for param in params), len(params), floats
 
@@ -115,7 +116,10 @@ def rows(name: str, constants: Constants) -> list[str]:
         # latency grows with the depth of a tree, the time per float does not grow with the ranks
         depth = math.log2(ranks) / max(1.0, math.log2(constants.ranks))
         sent = [floats[ranks, blocks] for blocks in ("auto", "factored")]
-        reduce = [constants.latency * depth + constants.per_float * number for number in sent]
+        reduce = [
+            constants.latency * depth + constants.per_float * number if number else 0.0
+            for number in sent
+        ]
         move = [numel / ranks * moved / constants.copy for moved in MOVED.values()]
         found.append(
             f"| {name} | {ranks:,} | {numel / ranks / 1e6:,.1f}M | "
