@@ -20,7 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCKER = "/usr/bin/docker"  # another client in front of it in PATH may lack BuildKit
-PACKAGES = {"docker.io": DOCKER, "mmdebstrap": "/usr/bin/mmdebstrap"}
+PACKAGES = {
+    "docker.io": DOCKER,
+    "mmdebstrap": "/usr/bin/mmdebstrap",
+    "e2fsprogs": "/usr/sbin/mkfs.ext4",
+    "iproute2": "/usr/bin/ip",
+}
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 BASE = "amsf-test/base:bookworm"
 CONTEXT = ("amsf_dist", "configs", "docker", "launch", "pyproject.toml", "README.md", "LICENSE")
@@ -52,6 +57,7 @@ def until(what: str, condition: Callable[[], bool], seconds: float = 180) -> Non
 def engine() -> Iterator[Path]:
     """Start an engine that `docker` of this process's environment talks to; yield its folder."""
     assert os.geteuid() == 0, "the container tests start an engine and must run as root"
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # dockerd and others are there, a shell's path is not
     missing = [package for package, path in PACKAGES.items() if not Path(path).exists()]
     if missing:
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
