@@ -10,12 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from amsf_dist.shards.flat import FlatSlice, flat_layout
 from amsf_dist.shards.fsdp1 import flat_slices, is_flat, reshard
-from amsf_dist.shards.fsdp2 import copy_into, fsdp2, whole
+from amsf_dist.shards.fsdp2 import fsdp2
 from amsf_dist.shards.fsdp2 import on_paper as fsdp2_on_paper
 from amsf_dist.shards.layout import Axis, Cut, Layout, Part, Piece
 from amsf_dist.shards.others import with_others
 from amsf_dist.shards.own_groups import with_own_group
 from amsf_dist.shards.replicated import replicated
+from amsf_dist.shards.values import copy_into, whole
 from amsf_dist.shards.vector import line_shape, vector_shape
 from amsf_dist.shards.zero import is_partitioned
 

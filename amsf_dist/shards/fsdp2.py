@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from amsf_dist.blocks import Blocks
@@ -24,7 +23,7 @@ from amsf_dist.shards.runs import box_runs, local_blocks
 from amsf_dist.shards.seams import seam_everywhere, seaming_dims
 from amsf_dist.shards.vector import line_shape, vector_shape
 
-__all__ = ["copy_into", "cut_mesh_dims", "fsdp2", "on_paper", "whole"]
+__all__ = ["cut_mesh_dims", "fsdp2", "on_paper"]
 
 _SHARDS = (Shard, _StridedShard)
 
@@ -169,32 +168,6 @@ def _group_of(ranks: tuple[int, ...], world: dist.ProcessGroup) -> dist.ProcessG
         return world
     group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
     return group
-
-
-def copy_into(ours: Tensor, saved: Any) -> None:
-    """Copy a saved value, whole or sharded in any way, into a live tensor of the same global shape.
-
-    Args:
-        ours: plain or DTensor; keeps its dtype and sharding.
-        saved: number, plain tensor (the whole of it) or DTensor.
-    """
-    saved = torch.as_tensor(saved)
-    if isinstance(ours, DTensor):
-        if not isinstance(saved, DTensor):
-            device = ours.to_local().device
-            saved = distribute_tensor(
-                saved.to(device), ours.device_mesh, ours.placements, src_data_rank=None
-            )
-        elif saved.placements != ours.placements:
-            saved = saved.redistribute(ours.device_mesh, ours.placements)
-        ours.to_local().copy_(saved.to_local())
-    else:
-        ours.copy_(whole(saved))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every rank of its mesh must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_mesh_dims(
