@@ -50,8 +50,8 @@ NOT_A_NUMBER = -128
 BEND = 32
 TOP = 127
 HIGHEST = TOP * (TOP + BEND)
-SMALLEST_SCALE = 2.0**-100  # the 2**24th part of a step is then still a normal number
-_RANDOM_BITS = 24  # as many as fp32 holds
+SMALLEST_SCALE = 2.0**-100  # the 2**17th part of a step is then still a normal number
+_HALF_CHANCE = 2.0**-17  # 16 random bits are the middles of so many equal parts
 
 
 def encode(
@@ -63,7 +63,7 @@ def encode(
     2 sqrt(|v| scale + 256 scale**2) + scale at most; the scale is absmax / 20193, rounded up.
 
     - What is decoded is one end of the step: less than a step away, without bits half a step.
-    - Over all bits its mean is v, to 2**-16 of the step.
+    - Over all bits its mean is v, to 2**-17 of the step.
     - Zeros stay zeros, signs stay. With equal bits and scales order is kept, and what was decoded
       is encoded without change.
     - No code overflows: the scale is up to 2**-7 of itself larger than it must be, and never less
@@ -72,7 +72,7 @@ def encode(
 
     Args:
         values: [groups, size] fp32.
-        bits: [groups, size] int32, of which the lowest 24 bits count; None: to nearest.
+        bits: [groups, size] int32, 0 to 65,535; None: to nearest.
         peaks: [groups] fp32, the largest magnitudes of the groups' numbers that are not among these
             values, or 0. None: all are here.
 
@@ -92,8 +92,8 @@ def encode(
     if bits is None:
         up = beyond > 0.5 * step
     else:
-        chance = (bits & (1 << _RANDOM_BITS) - 1).to(torch.float32)
-        up = beyond > chance * (2.0**-_RANDOM_BITS * step)
+        chance = (2 * bits + 1).to(torch.float32)
+        up = beyond > chance * (_HALF_CHANCE * step)
     codes = (below + up).copysign_(values)
     codes += values - values  # NaN where the number was not finite, else nothing
     return codes.nan_to_num_(NOT_A_NUMBER).to(torch.int8), scales

@@ -49,7 +49,7 @@ def test_every_code_is_encoded_without_change_at_any_scale() -> None:
     values = decode(codes, scales)
     exact = codes.double() * (codes.double().abs() + 32.0) * scales.double().unsqueeze(1)
     assert torch.equal(values.double(), exact)
-    for drawn in (noise(values), torch.full_like(values, -1, dtype=torch.int32), None):
+    for drawn in (noise(values), torch.full_like(values, 2**16 - 1, dtype=torch.int32), None):
         again, scales_again = encode(values, drawn)
         assert torch.equal(scales_again, scales)
         assert torch.equal(again, codes)
@@ -66,7 +66,7 @@ def test_the_mean_over_all_bits_is_the_value(scale: float) -> None:
     values = torch.cat([between, top], 1) * scale
     total = torch.zeros(values.shape, dtype=torch.float64)
     for draw in range(256):
-        codes, scales = encode(values, torch.full(values.shape, draw << 16, dtype=torch.int32))
+        codes, scales = encode(values, torch.full(values.shape, draw << 8, dtype=torch.int32))
         assert bool((scales == scale).all())
         total += decode(codes, scales)
     assert torch.equal(total / 256.0, values.double())
@@ -114,7 +114,7 @@ def test_the_mean_over_many_draws_is_the_value(kind: str) -> None:
 
 def test_order_is_kept_under_equal_bits() -> None:
     values = groups(1.0, "heavy", size=4096, count=20).sort(1).values
-    for draw in (0, 1, 12345, 2**23, 2**24 - 1):
+    for draw in (0, 1, 12345, 2**15, 2**16 - 1):
         codes, _ = encode(values, torch.full(values.shape, draw, dtype=torch.int32))
         assert bool((codes[:, 1:] >= codes[:, :-1]).all())
 
@@ -172,7 +172,7 @@ def test_numbers_that_do_not_move_keep_their_codes(phase: int) -> None:
     smaller = torch.where(moves, 0.5 * values, values)  # within the old scale
 
     def draw() -> torch.Tensor:
-        return torch.randint(2**31, (numel,), generator=generator, dtype=torch.int32)
+        return torch.randint(2**16, (numel,), generator=generator, dtype=torch.int32)
 
     storage.store(memory, span, smaller, draw, place._replace(moves=moves.view(10, 30)))
     assert torch.equal(codes[~moves], before[0][~moves])
@@ -213,7 +213,7 @@ def test_a_last_place_off_a_code_is_that_code() -> None:
     for towards in (0.0, torch.inf, -torch.inf):
         values = torch.nextafter(exact, torch.tensor(towards))
         values = torch.where(CODES.abs() == 127, exact, values)
-        for draw in (2**10, 2**23, 2**24 - 2**10):  # all but a 2**13th of the draws
+        for draw in (2**2, 2**15, 2**16 - 2**2):  # all but a 2**13th of the draws
             codes, again = encode(values, torch.full(values.shape, draw, dtype=torch.int32))
             assert torch.equal(again, scales)
             assert torch.equal(decode(codes, scales), exact)
@@ -225,7 +225,7 @@ def test_the_highest_code_reaches_the_largest_number() -> None:
     scales = torch.arange(0x3F00, 0x4000, dtype=torch.int16).view(torch.bfloat16)
     tops = (scales.float() * HIGHEST).view(torch.int32).view(-1, 1) + torch.arange(-2, 3)
     values = torch.cat([patterns, tops.view(-1).int()]).view(torch.float32).view(-1, 1)
-    for draw in (0, 2**24 - 1):
+    for draw in (0, 2**16 - 1):
         codes, scales = encode(values, torch.full(values.shape, draw, dtype=torch.int32))
         assert bool((scales.double() * HIGHEST >= values.view(-1).double()).all())
         assert 125 <= int(codes.min()) <= int(codes.max()) == 127

@@ -18,10 +18,12 @@ using FusedBatch = bool (*)(const Piece&, int64_t at, int64_t group, const float
                             const Draws& draws);
 
 template <typename Line>
-void store_rare(const Piece& p, int64_t at, int64_t group, const float* values, uint64_t word) {
+void store_rare(const Piece& p, int64_t at, int64_t group, const float* values, uint64_t key,
+                int64_t place) {
   float sorted[GROUP];
+  Drawn16 drawn;
   in_line(values, sorted);
-  Line::store_rare(p, at, group, sorted, word);
+  Line::store_rare(p, at, group, sorted, drawn.at(key, place, GROUP));
 }
 
 // Memory of the group that is so far ahead.
@@ -66,7 +68,7 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
       moved(k, weight.even, gradient.even, gap.even);
       moved(k + 1, weight.odd, gradient.odd, gap.odd);
     }
-    Weight::store(p, from, weights, draws.weight + g * GROUP * GAMMA, constants.drawn);
+    Weight::store(p, from, weights, draws.weight, draws.place + g * GROUP, constants.drawn);
     tops[g] = top;
   }
   // apart, so that the way from the largest number to the scale is not waited for
@@ -76,13 +78,13 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
   const auto scales = Line::scales_of(p, group, together);
   for (int g = 0; g < GROUPS; ++g) {
     const float* values = gaps + g * GROUP;
-    const uint64_t first = draws.line + g * GROUP * GAMMA;
+    const int64_t place = draws.place + g * GROUP;
     fetch_group<Weight::SIZE>(p.weight, at + g * GROUP);
     fetch_group<Line::SIZE>(p.line, at + g * GROUP);
     if (__builtin_expect(largest_here[g] <= Line::STORABLE, 1))
-      Line::store(p, at + g * GROUP, scales, g, values, first, constants);
+      Line::store(p, at + g * GROUP, scales, g, values, word_at(draws.line, place), constants);
     else
-      store_rare<Line>(p, at + g * GROUP, group + g, values, first);
+      store_rare<Line>(p, at + g * GROUP, group + g, values, draws.line, place);
   }
   return true;
 }

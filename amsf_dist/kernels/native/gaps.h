@@ -48,13 +48,12 @@ template <> struct Gap<LINE_INT8> {
     Scales scales;
     _mm_store_ps(scales.unit, unit);
     _mm_store_ps(scales.inverse, _mm_div_ps(_mm_set1_ps(1.0f), unit));
-    _mm_store_ps(scales.part, _mm_mul_ps(unit, _mm_set1_ps(0x1p-24f)));
-    _mm_store_ps(scales.twice, _mm_mul_ps(unit, _mm_set1_ps(0x1p-23f)));
+    _mm_store_ps(scales.part, _mm_mul_ps(unit, _mm_set1_ps(0x1p-17f)));
+    _mm_store_ps(scales.twice, _mm_mul_ps(unit, _mm_set1_ps(0x1p-16f)));
     return scales;
   }
   struct Constants {
-    Ints magnitude = held(all(static_cast<int32_t>(MAGNITUDE))), random = held(all(0xFFFFFF)),
-         one = held(all(1));
+    Ints magnitude = held(all(static_cast<int32_t>(MAGNITUDE))), one = held(all(1));
     Drawn drawn;
     Bytes64 bytes;
   };
@@ -65,7 +64,9 @@ template <> struct Gap<LINE_INT8> {
                  part = all(scales.part[g]), twice = all(scales.twice[g]);
     const Longs first = all(word);
     Ints signs[QUARTERS], roots[QUARTERS];
+    Bits bits{};
     for (int k = 0; k < QUARTERS; ++k) {
+      if (k % 2 == 0) bits = constants.drawn(first, k / 2);
       const Ints value = loaded<Ints>(values + k * PAIRS);
       const Floats x = (Floats)(value & constants.magnitude);
       const Floats near = x * inverse;
@@ -74,7 +75,7 @@ template <> struct Gap<LINE_INT8> {
       const Floats whole = floats(r);
       const Floats beyond = once(-once(whole, whole, all(-256.0f)), unit, x);
       const Floats step = once(whole, twice, part);
-      const Floats chance = floats(constants.drawn(first, k) & constants.random);
+      const Floats chance = floats(k % 2 ? bits.odd_odds() : bits.even_odds());
       const __mmask16 up = _mm512_cmp_ps_mask((__m512)beyond, (__m512)(chance * step), _CMP_GT_OQ);
       roots[k] = (Ints)_mm512_mask_add_epi32((__m512i)r, up, (__m512i)r, (__m512i)constants.one);
       signs[k] = value;
@@ -86,8 +87,8 @@ template <> struct Gap<LINE_INT8> {
   }
   static constexpr int32_t STORABLE = static_cast<int32_t>(INFINITE) - 1;
   static void store_rare(const Piece& p, int64_t at, int64_t group, const float* values,
-                         uint64_t word) {
-    encode<GROUP>(values, word, GROUP, 0.0f, codes(p, at), p.scales + group);
+                         const uint16_t* bits) {
+    encode<GROUP>(values, bits, GROUP, 0.0f, codes(p, at), p.scales + group);
   }
 
  private:
@@ -111,10 +112,9 @@ template <> struct Gap<LINE_BF16> {
     store_drawn(four, all(word), constants.drawn, line(p, at));
   }
   static constexpr int32_t STORABLE = STORABLE_BF16;
-  static void store_rare(const Piece& p, int64_t at, int64_t, const float* values, uint64_t word) {
-    uint32_t drawn[GROUP];
-    draw(word, GROUP, drawn);
-    store_at_random<BF16>(values, drawn, GROUP, line(p, at));
+  static void store_rare(const Piece& p, int64_t at, int64_t, const float* values,
+                         const uint16_t* bits) {
+    store_at_random<BF16>(values, bits, GROUP, line(p, at));
   }
 
  private:

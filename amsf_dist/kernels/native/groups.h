@@ -21,12 +21,13 @@ inline void in_line(const float* quarters, float* to) {
   for (int i = 0; i < GROUP; ++i) to[i] = quarters[i / 32 * 32 + i % 2 * PAIRS + i % 32 / 2];
 }
 
-// Numbers of a group, rounded to bf16 at random; the lowest 16 bits drawn count.
+// Numbers of a group, rounded to bf16 at random.
 inline void store_drawn(const Floats (&values)[QUARTERS], Longs word, const Drawn& drawn,
                         uint16_t* to) {
-  for (int k = 0; k < QUARTERS; k += 2, to += GROUP / 2)
-    store_upper((Ints)values[k] + (drawn(word, k) & 0xFFFF),
-                (Ints)values[k + 1] + (drawn(word, k + 1) & 0xFFFF), to);
+  for (int k = 0; k < QUARTERS; k += 2, to += GROUP / 2) {
+    const Bits bits = drawn(word, k / 2);
+    store_upper((Ints)values[k] + bits.even(), (Ints)values[k + 1] + bits.odd(), to);
+  }
 }
 
 }  // namespace amsf

@@ -12,7 +12,7 @@ namespace amsf {
 
 struct alignas(64) Batch {
   float gradient[BATCH], scale[BATCH], weight[BATCH], line[BATCH];
-  uint32_t bits[BATCH];
+  Drawn16 drawn;
 };
 
 inline void block_scale(const Piece& p, float* moment, float mean_sq, float* scale) {
@@ -145,7 +145,8 @@ template <Format F> inline void load_weight_16(const Piece& p, int64_t at, int n
   }
 }
 
-template <Format F> inline void store_weight_16(const Piece& p, int64_t at, int n, Batch& batch) {
+template <Format F>
+inline void store_weight_16(const Piece& p, int64_t at, int n, const Draws& draws, Batch& batch) {
   uint16_t* weight = static_cast<uint16_t*>(p.weight) + at;
   if (p.weight_kind == KAHAN) {
     store_kahan<F>(batch.weight, n, weight, static_cast<uint16_t*>(p.error) + at);
@@ -155,7 +156,7 @@ template <Format F> inline void store_weight_16(const Piece& p, int64_t at, int 
     store_split<F, int16_t, LOW_BITS[F]>(batch.weight, n, weight,
                                          static_cast<int16_t*>(p.error) + at);
   } else if (p.weight_kind == STOCHASTIC) {
-    store_at_random<F>(batch.weight, batch.bits, n, weight);
+    store_at_random<F>(batch.weight, batch.drawn.at(draws.weight, draws.place, n), n, weight);
   } else {
     store_16<F>(batch.weight, n, weight);
   }
@@ -185,15 +186,15 @@ inline void load_line(const Piece& p, const Tile& tile, int64_t at, int n, float
   });
 }
 
-inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, uint64_t word,
+inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, const Draws& draws,
                        Batch& batch) {
   if (p.line_kind == LINE_FP32) {
     std::memcpy(static_cast<float*>(p.line) + at, batch.line, n * sizeof(float));
     return;
   }
+  const uint16_t* bits = batch.drawn.at(draws.line, draws.place, n);
   if (p.line_kind == LINE_BF16) {
-    draw(word, n, batch.bits);
-    store_at_random<BF16>(batch.line, batch.bits, n, static_cast<uint16_t*>(p.line) + at);
+    store_at_random<BF16>(batch.line, bits, n, static_cast<uint16_t*>(p.line) + at);
     return;
   }
   int8_t* codes = static_cast<int8_t*>(p.line) + at;
@@ -206,9 +207,9 @@ inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, uint
       peak = p.peaks[tile.last_shared];
     const float* values = batch.line + i;
     if (size == GROUP)
-      encode<GROUP>(values, word + i * GAMMA, size, peak, codes + i, p.scales + group);
+      encode<GROUP>(values, bits + i, size, peak, codes + i, p.scales + group);
     else
-      encode<0>(values, word + i * GAMMA, size, peak, codes + i, p.scales + group);
+      encode<0>(values, bits + i, size, peak, codes + i, p.scales + group);
   });
 }
 
@@ -249,14 +250,13 @@ inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, cons
   move_numbers(
       p, n, batch.gradient, [=](int64_t i) { return scale[i]; }, batch.weight, batch.line);
 
-  if (p.weight_kind == STOCHASTIC) draw(draws.weight, n, batch.bits);
   if (p.weight_format == FP32)
     std::memcpy(static_cast<float*>(p.weight) + at, batch.weight, n * sizeof(float));
   else if (p.weight_format == BF16)
-    store_weight_16<BF16>(p, at, n, batch);
+    store_weight_16<BF16>(p, at, n, draws, batch);
   else
-    store_weight_16<FP16>(p, at, n, batch);
-  store_line(p, tile, at, n, draws.line, batch);
+    store_weight_16<FP16>(p, at, n, draws, batch);
+  store_line(p, tile, at, n, draws, batch);
 }
 
 // Of a whole batch, the factor of each group; false where a group is cut by a block or by the tile.
@@ -287,10 +287,11 @@ inline void move_tile(const Piece& p, const Tile& tile) {
     const int64_t before = at - tile.start;
     const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
     float factors[BATCH / GROUP];
-    const bool whole = fused && n == BATCH && factors_of(p, tile, at, factors);
-    if (whole && fused(p, at, group, factors, draws.ahead(before))) continue;
+    const Draws here = draws.ahead(before);
+    const bool whole = fused && n == BATCH && here.at_word() && factors_of(p, tile, at, factors);
+    if (whole && fused(p, at, group, factors, here)) continue;
     fetch_ahead(p, at + 2 * BATCH, bytes);
-    move_batch(p, tile, at, n, draws.ahead(before), batch);
+    move_batch(p, tile, at, n, here, batch);
   }
 }
 

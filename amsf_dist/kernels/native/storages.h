@@ -32,28 +32,25 @@ inline uint64_t key_of(uint64_t family, int64_t step) {
   return mix64(static_cast<uint64_t>(step) * GAMMA + family + GAMMA) + GAMMA;
 }
 
-struct Multiples {
-  alignas(64) uint64_t of_gamma[BATCH];
-  Multiples() {
-    for (int i = 0; i < BATCH; ++i) of_gamma[i] = static_cast<uint64_t>(i) * GAMMA;
+// Of the four numbers at this place, the first of them.
+inline uint64_t word_at(uint64_t key, int64_t place) {
+  return key + static_cast<uint64_t>(place >> 2) * GAMMA;
+}
+
+// Random bits of n neighbours from `place` on, which are where the pointer returned points to.
+struct Drawn16 {
+  uint16_t bits[BATCH + 8];
+
+  const uint16_t* at(uint64_t key, int64_t place, int n) {
+    const int before = static_cast<int>(place & 3), words = (before + n + 3) / 4;
+    const uint64_t first = word_at(key, place);
+    for (int i = 0; i < words; ++i) {
+      const uint64_t word = mix64(first + static_cast<uint64_t>(i) * GAMMA);
+      for (int k = 0; k < 4; ++k) bits[4 * i + k] = static_cast<uint16_t>(word >> 16 * k);
+    }
+    return bits + before;
   }
 };
-static const Multiples MULTIPLES;  // a 64-bit product is three instructions, a load is none
-
-inline uint64_t word_at(uint64_t key, int64_t place) {
-  return key + static_cast<uint64_t>(place) * GAMMA;
-}
-
-inline uint32_t drawn(uint64_t z) {
-  z = (z ^ (z >> 33)) * 0x62A9D9ED799705F5u;
-  z = (z ^ (z >> 28)) * 0xCB24D0A5C88C35B3u;
-  return static_cast<uint32_t>(z >> 32);
-}
-
-inline void draw(uint64_t word, int n, uint32_t* __restrict out) {
-  const uint64_t* __restrict multiples = MULTIPLES.of_gamma;
-  for (int i = 0; i < n; ++i) out[i] = drawn(word + multiples[i]);
-}
 
 // ---- plain -------------------------------------------------------------------------------------
 
@@ -130,7 +127,7 @@ inline void store_kahan(const float* __restrict from, int n, uint16_t* __restric
 // ---- stochastic --------------------------------------------------------------------------------
 
 template <Format F>
-inline void store_at_random(const float* __restrict from, const uint32_t* __restrict bits, int n,
+inline void store_at_random(const float* __restrict from, const uint16_t* __restrict bits, int n,
                             uint16_t* __restrict to) {
   const float largest = F == BF16 ? number_of(0x7F7F0000u) : 65504.0f;
   for (int i = 0; i < n; ++i) {
@@ -177,12 +174,10 @@ inline float exactly(float a, float b, float c) {
 #endif
 }
 
-// Draws as it goes: the processor then multiplies while it waits for roots.
 template <int N>
-inline void encode(const float* __restrict values, uint64_t word, int numel, float peak,
-                   int8_t* __restrict codes, uint16_t* __restrict scale) {
+inline void encode(const float* __restrict values, const uint16_t* __restrict bits, int numel,
+                   float peak, int8_t* __restrict codes, uint16_t* __restrict scale) {
   const int n = N ? N : numel;
-  const uint64_t* __restrict multiples = MULTIPLES.of_gamma;
   int32_t top = 0;
   for (int i = 0; i < n; ++i) {
     const int32_t magnitude = static_cast<int32_t>(pattern_of(values[i]) & MAGNITUDE);
@@ -202,7 +197,7 @@ inline void encode(const float* __restrict values, uint64_t word, int numel, flo
   float least = absmax / 20193.0f;
   least = least < 0x1p-100f ? 0x1p-100f : least;
   const uint32_t found = (pattern_of(least) + 0xFFFFu) >> 16;
-  const float unit = number_of(found << 16), inverse = 1.0f / unit, part = unit * 0x1p-24f;
+  const float unit = number_of(found << 16), inverse = 1.0f / unit, part = unit * 0x1p-17f;
   *scale = static_cast<uint16_t>(found);
   // With r = below + 16: below * (below + 32) = r * r - 256 and the step is (2 r + 1) scales. Both,
   // and their products with the scale, have 23 bits at most, so they are exact in any order.
@@ -212,8 +207,7 @@ inline void encode(const float* __restrict values, uint64_t word, int numel, flo
     const float root = static_cast<float>(r);
     const float beyond = exactly(-exactly(root, root, -256.0f), unit, x);
     const float step = exactly(root, 2.0f, 1.0f) * part;
-    const uint32_t bits = drawn(word + multiples[i]) & 0xFFFFFFu;
-    const float chance = static_cast<float>(static_cast<int32_t>(bits));
+    const float chance = static_cast<float>(2 * static_cast<int32_t>(bits[i]) + 1);
     int32_t c = r - 16 + (beyond > chance * step ? 1 : 0);
     c = static_cast<int32_t>(pattern_of(values[i])) < 0 ? -c : c;
     codes[i] = static_cast<int8_t>(c);

@@ -52,19 +52,17 @@ struct Piece {
   int32_t unused;
 };
 
-// What a number is rounded with; the words of those behind it follow.
+// What the number at a place of the parameter's line is rounded with, and those behind it.
 struct Draws {
-  uint64_t weight, line;
+  uint64_t weight, line;  // keys of this step
+  int64_t place;
 
-  Draws ahead(int64_t numbers) const {
-    const uint64_t words = static_cast<uint64_t>(numbers) * GAMMA;
-    return {weight + words, line + words};
-  }
+  Draws ahead(int64_t numbers) const { return {weight, line, place + numbers}; }
+  bool at_word() const { return place % 4 == 0; }
 };
 
 inline Draws draws_of(const Piece& p, const Tile& tile) {
-  return {word_at(key_of(p.weight_family, p.step), tile.place),
-          word_at(key_of(p.line_family, p.step), tile.place)};
+  return {key_of(p.weight_family, p.step), key_of(p.line_family, p.step), tile.place};
 }
 
 // No more threads than there is work for: waking one takes as long as some 10,000 numbers.

@@ -106,36 +106,40 @@ inline Floats once(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
-// Multiples of GAMMA for a group's numbers: 8 at even places, 8 more, 16 at odd ones; second half.
-struct Places {
-  alignas(64) uint64_t of_gamma[64];
-  Places() {
-    for (uint64_t i = 0; i < 64; ++i) of_gamma[i] = (i / 32 * 32 + i % 16 * 2 + i % 32 / 16) * GAMMA;
+// Multiples of GAMMA for the words of a group's numbers.
+struct Multiples {
+  alignas(64) uint64_t of_gamma[16];
+  Multiples() {
+    for (uint64_t i = 0; i < 16; ++i) of_gamma[i] = i * GAMMA;
   }
 };
-static const Places PLACES;
+static const Multiples MULTIPLES;
 
 inline Longs all(uint64_t word) { return (Longs)_mm512_set1_epi64(static_cast<int64_t>(word)); }
 
-// Random bits; its constants stay in registers.
-struct Drawn {
-  Longs first = held(all(uint64_t{0x62A9D9ED799705F5u}));
-  Longs second = held(all(uint64_t{0xCB24D0A5C88C35B3u}));
-
-  Longs mixed(Longs z) const {
-    z = (z ^ (z >> 33)) * first;
-    return (z ^ (z >> 28)) * second;
-  }
-  // `drawn` for vector k of a group whose first number has this word.
-  Ints operator()(Longs word, int k) const {
-    const Longs low = mixed(word + loaded<Longs>(PLACES.of_gamma + k * PAIRS));
-    const Longs high = mixed(word + loaded<Longs>(PLACES.of_gamma + k * PAIRS + PAIRS / 2));
-    const __m512i upper =
-        _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return (Ints)_mm512_permutex2var_epi32((__m512i)low, upper, (__m512i)high);
-  }
+// Random bits of 32 numbers, 16 for each: those at even places lie in lower halves.
+struct Bits {
+  Ints both;
+  Ints even() const { return both & 0xFFFF; }
+  Ints odd() const { return (Ints)_mm512_srli_epi32((__m512i)both, 16); }
+  // 2 * bits + 1
+  Ints even_odds() const { return ((both << 1) | 1) & 0x1FFFF; }
+  Ints odd_odds() const { return (Ints)_mm512_srli_epi32((__m512i)both, 15) | 1; }
 };
 
+// Draws; its constants stay in registers.
+struct Drawn {
+  Longs first = held(all(uint64_t{0xBF58476D1CE4E5B9u}));
+  Longs second = held(all(uint64_t{0x94D049BB133111EBu}));
+
+  // For a half of a group whose first number's word is this.
+  Bits operator()(Longs word, int half) const {
+    Longs z = word + loaded<Longs>(MULTIPLES.of_gamma + half * 8);
+    z = (z ^ (z >> 30)) * first;
+    z = (z ^ (z >> 27)) * second;
+    return {(Ints)(z ^ (z >> 31))};
+  }
+};
 
 // The largest number of each of four vectors.
 inline __m128i largest(const Ints (&tops)[4]) {

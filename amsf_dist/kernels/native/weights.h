@@ -26,7 +26,7 @@ struct PlainWeight {
   static Two load(const Piece& p, int64_t at) {
     return parted(static_cast<const float*>(p.weight) + at);
   }
-  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t,
+  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t, int64_t,
                     const Drawn&) {
     float* to = static_cast<float*>(p.weight) + at;
     store_joined(weights[0], weights[1], to);
@@ -57,7 +57,7 @@ template <> struct SplitWeight<8> : Weight16 {
     return {(Floats)((upper << 16) | ((Ints)lower & 0xFFFF)),
             (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32(lower, 16))};
   }
-  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t,
+  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
                     const Drawn&) {
     make_known(weights);
     Ints sums[QUARTERS];
@@ -81,7 +81,7 @@ template <> struct SplitWeight<16> : Weight16 {
     return {(Floats)((upper << 16) | ((Ints)error & 0xFFFF)),
             (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32((__m512i)error, 16))};
   }
-  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t,
+  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
                     const Drawn&) {
     make_known(weights);
     for (int k = 0; k < QUARTERS; k += 2, at += GROUP / 2) {
@@ -94,18 +94,17 @@ template <> struct SplitWeight<16> : Weight16 {
 
 struct StochasticWeight : Weight16 {
   static Two load(const Piece& p, int64_t at) { return widened(memory(p, at)); }
-  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t word,
-                    const Drawn& drawn) {
+  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t key,
+                    int64_t place, const Drawn& drawn) {
     Ints top = all(0);
     for (int k = 0; k < QUARTERS; ++k) top = larger(top, (Ints)magnitude(weights[k]));
     if (__builtin_expect(_mm512_cmpgt_epi32_mask((__m512i)top, (__m512i)all(STORABLE_BF16)), 0)) {
       float sorted[GROUP];
-      uint32_t bits[GROUP];
+      Drawn16 rare;
       in_line(reinterpret_cast<const float*>(weights), sorted);
-      draw(word, GROUP, bits);
-      return store_at_random<BF16>(sorted, bits, GROUP, memory(p, at));
+      return store_at_random<BF16>(sorted, rare.at(key, place, GROUP), GROUP, memory(p, at));
     }
-    store_drawn(weights, all(word), drawn, memory(p, at));
+    store_drawn(weights, all(word_at(key, place)), drawn, memory(p, at));
   }
 
  private:

@@ -221,8 +221,8 @@ def store_line(
         below = tl.floor(below - _BEND / 2)
         beyond = magnitude - below * (below + _BEND) * scale
         step = (2.0 * below + (_BEND + 1)) * scale
-        chance = (bits & 0xFFFFFF).to(tl.float32)
-        up = beyond > chance * (5.9604644775390625e-08 * step)  # 2**-24
+        chance = (2 * bits + 1).to(tl.float32)
+        up = beyond > chance * (7.62939453125e-06 * step)  # 2**-17
         code = below.to(tl.int32) + up.to(tl.int32)
         code = tl.where(finite, tl.where(values < 0, -code, code), _NOT_A_NUMBER)
         _store(base, at, mask, code, tl.int8, ALIGNED)

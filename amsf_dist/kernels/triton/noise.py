@@ -11,7 +11,6 @@ __all__ = ["key_of", "random_bits"]
 
 _GAMMA = tl.constexpr(noise.GAMMA)
 _MIX64_A, _MIX64_B = map(tl.constexpr, noise.MIX64)
-_MIX32_A, _MIX32_B = map(tl.constexpr, noise.MIX32)
 
 
 @triton.jit
@@ -31,7 +30,6 @@ def key_of(family, step):
 @triton.jit
 def random_bits(key, place, offsets):
     """[...] int32 for the numbers at place + offsets (int64 scalar, int32 tensor) of the line."""
-    word = offsets.to(tl.int64) * _GAMMA + (place * _GAMMA + key)
-    word = (word ^ ((word >> 33) & ((1 << 31) - 1))) * _MIX32_A
-    word = (word ^ ((word >> 28) & ((1 << 36) - 1))) * _MIX32_B
-    return (word >> 32).to(tl.int32)
+    inside = offsets + (place & 3).to(tl.int32)
+    word = _mix64((inside >> 2).to(tl.int64) * _GAMMA + ((place >> 2) * _GAMMA + key))
+    return (word >> ((inside & 3) * 16).to(tl.int64)).to(tl.int32) & 0xFFFF
