@@ -26,7 +26,6 @@ class Progress:
         self._waits: dict[int, int] = {}
         self._arrived: set[int] = set()
         self._moved: set[int] = set()
-        self._partly = False
         self._bad: Tensor | None = None
         self.held_back = self._partly = False
         self.square = torch.zeros(())
@@ -36,6 +35,11 @@ class Progress:
     def begun(self) -> bool:
         """Whether a unit has moved, if only by a part."""
         return bool(self._moved) or self._partly
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the step goes by since its first gradient arrived; None before."""
+        return self._plan if self._arrived or self.begun else None
 
     def has_moved(self, unit: Unit) -> bool:
         """Whether a unit has moved in this step."""

@@ -175,7 +175,8 @@ class Stepping(TwoModes):
             self._progress.held_back = True
         if partial and not self._into_state:
             return
-        current = self._ready()
+        # once for a step: looking at all parameters for each of them would take their square
+        current = self._progress.plan or self._ready()
         unit = self._progress.arrive(param, current, partial)
         if unit is None:
             return

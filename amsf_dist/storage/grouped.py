@@ -84,8 +84,9 @@ def encode(
     scales = _scales(absmax if peaks is None else torch.maximum(absmax, peaks))
     scale = scales.to(torch.float32).unsqueeze(1)
 
-    # the largest k with k (k + 32) <= |v| / scale
-    below = root((magnitude / scale).add_(BEND**2 // 4))
+    # The largest k with k (k + 32) <= |v| / scale; where v is a last place away from a code's value
+    # maybe the next one or the one before it, from which rounding goes to that code as well.
+    below = root((magnitude * (1.0 / scale)).add_(BEND**2 // 4))
     below = below.sub_(BEND // 2).floor_()
     beyond = magnitude - below * (below + BEND) * scale
     step = (2.0 * below + (BEND + 1)) * scale

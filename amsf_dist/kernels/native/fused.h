@@ -1,5 +1,5 @@
 // The usual settings in one loop, without stages through arrays: Schedule-Free, a factor per block,
-// gradients of the weights' dtype, gaps in int8 or bf16. The same arithmetic as in move.h and
+// and one per column where factored, gradients of the weights' dtype, gaps in int8 or bf16. The same arithmetic as in move.h and
 // storages.h, to the bit.
 //
 // What is rare goes back to the stages: a batch that is not whole or whose groups are cut by blocks,
@@ -11,10 +11,15 @@
 
 namespace amsf {
 
+// Of the gradients of a batch: one for each group, and one for each number where factored.
+struct Factors {
+  float blocks[BATCH / GROUP];
+  const float* columns[BATCH / GROUP];
+};
+
 #ifdef AMSF_VECTORS
 
-// Factors of the gradient: one for each group.
-using FusedBatch = bool (*)(const Piece&, int64_t at, int64_t group, const float* factors,
+using FusedBatch = bool (*)(const Piece&, int64_t at, int64_t group, const Factors& factors,
                             const Draws& draws);
 
 template <typename Line>
@@ -32,8 +37,8 @@ template <int SIZE> inline void fetch_group(const void* memory, int64_t at) {
 }
 
 // Schedule-Free, as `schedule_free` has it. False: not usual, and nothing done.
-template <typename Weight, typename Line, bool DECAYS>
-bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors,
+template <typename Weight, typename Line, bool DECAYS, bool COLUMNS>
+bool fused_batch(const Piece& p, int64_t at, int64_t group, const Factors& factors,
                  const Draws& draws) {
   if (!Line::usual(p, at)) return false;
   const Floats lr = all(p.a), average = all(p.b), direct = all(p.c), keep = all(p.d),
@@ -44,15 +49,15 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
   Line::find_units(p, group, units);
   Ints tops[GROUPS];
   for (int g = 0; g < GROUPS; ++g) {
-    const Floats scale = all(factors[g]), unit = all(units[g]);
+    const Floats scale = all(factors.blocks[g]), unit = all(units[g]);
     const int64_t from = at + g * GROUP;
     // a little in every turn: a processor waits when it is asked for more than it can look for
     fetch_group<Weight::SIZE>(p.gradient, from);
     fetch_group<Weight::ERROR_SIZE>(p.error, from);
     Floats weights[QUARTERS];
     Ints top = all(0);
-    const auto moved = [&](int k, Floats weight, Floats gradient, Floats gap) {
-      Floats update = gradient * scale;
+    const auto moved = [&](int k, Floats weight, Floats gradient, Floats gap, Floats factor) {
+      Floats update = gradient * factor;
       if (DECAYS) update = update + decay * weight;
       gap = gap + lr * update;
       weight = weight - average * gap;
@@ -65,8 +70,13 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
       const int64_t here = from + k * PAIRS;
       const Two weight = Weight::load(p, here), gap = Line::load(p, here, unit),
                 gradient = Weight::gradient(p, here);
-      moved(k, weight.even, gradient.even, gap.even);
-      moved(k + 1, weight.odd, gradient.odd, gap.odd);
+      Two factor = {scale, scale};
+      if (COLUMNS) {
+        const Two column = parted(factors.columns[g] + k * PAIRS);
+        factor = {scale * column.even, scale * column.odd};
+      }
+      moved(k, weight.even, gradient.even, gap.even, factor.even);
+      moved(k + 1, weight.odd, gradient.odd, gap.odd, factor.odd);
     }
     Weight::store(p, from, weights, draws.weight, draws.place + g * GROUP, constants.drawn);
     tops[g] = top;
@@ -90,7 +100,9 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const float* factors
 }
 
 template <typename Weight, typename Line> inline FusedBatch with_decay(const Piece& p) {
-  return p.decays ? fused_batch<Weight, Line, true> : fused_batch<Weight, Line, false>;
+  if (p.column_scale)
+    return p.decays ? fused_batch<Weight, Line, true, true> : fused_batch<Weight, Line, false, true>;
+  return p.decays ? fused_batch<Weight, Line, true, false> : fused_batch<Weight, Line, false, false>;
 }
 
 template <typename Weight> inline FusedBatch with_line(const Piece& p) {
@@ -99,7 +111,7 @@ template <typename Weight> inline FusedBatch with_line(const Piece& p) {
 }
 
 inline FusedBatch fused_for(const Piece& p) {
-  if (p.rule != 0 || p.elementwise || p.column_scale || p.scales_gradient ||
+  if (p.rule != 0 || p.elementwise || p.scales_gradient ||
       p.gradient_format != p.weight_format)
     return nullptr;
   if (p.weight_format == FP32) return with_line<PlainWeight>(p);
@@ -111,7 +123,7 @@ inline FusedBatch fused_for(const Piece& p) {
 
 #else  // AMSF_VECTORS
 
-using FusedBatch = bool (*)(const Piece&, int64_t, int64_t, const float*, const Draws&);
+using FusedBatch = bool (*)(const Piece&, int64_t, int64_t, const Factors&, const Draws&);
 inline FusedBatch fused_for(const Piece&) { return nullptr; }
 
 #endif

@@ -69,9 +69,7 @@ template <> struct Gap<LINE_INT8> {
       if (k % 2 == 0) bits = constants.drawn(first, k / 2);
       const Ints value = loaded<Ints>(values + k * PAIRS);
       const Floats x = (Floats)(value & constants.magnitude);
-      const Floats near = x * inverse;
-      const Floats quotient = once(once(-near, unit, x), inverse, near);
-      const Ints r = truncated(root(quotient + 256.0f));
+      const Ints r = truncated(root(x * inverse + 256.0f));
       const Floats whole = floats(r);
       const Floats beyond = once(-once(whole, whole, all(-256.0f)), unit, x);
       const Floats step = once(whole, twice, part);

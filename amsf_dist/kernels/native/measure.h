@@ -29,31 +29,45 @@ template <Format F> inline float single(const void* numbers, int64_t i) {
                    : widen<BF16>(static_cast<const uint16_t*>(numbers)[i]);
 }
 
-template <Format F> inline Lanes square(const void* numbers, int64_t from) {
-  const Lanes x = widened<F>(numbers, from);
-  return x * x;
+// Where factored (COLUMNS), added to the sums of the columns as well.
+template <Format F, bool COLUMNS>
+inline Lanes square(const void* numbers, int64_t from, float* columns) {
+  const Lanes x = widened<F>(numbers, from), squared = x * x;
+  if (COLUMNS) {
+    Lanes sums;
+    std::memcpy(&sums, columns, sizeof sums);
+    sums += squared;
+    std::memcpy(columns, &sums, sizeof sums);
+  }
+  return squared;
 }
 
 // Added in 64 lanes, always the same ones for the same place in [at, at + n): no thread count, and
 // no instruction set, changes a sum.
-template <Format F> inline double squares_of(const void* numbers, int64_t at, int64_t n) {
+template <Format F, bool COLUMNS>
+inline double squares_of(const void* numbers, int64_t at, int64_t n, float* __restrict sums) {
   constexpr int64_t SIZE = F == FP32 ? 4 : 2;
   constexpr int64_t AHEAD = F == FP32 ? 1024 : 8192;  // bytes, of a prefetch: found by trial
+  const auto columns = [=](int64_t i) { return COLUMNS ? sums + (i - at) : nullptr; };
   double total = 0.0;
   for (int64_t from = at; from < at + n; from += FLUSH) {
     const int64_t stop = at + n - from < FLUSH ? at + n : from + FLUSH;
     Lanes a = {}, b = {}, c = {}, d = {};  // not an array: that would live in memory
     int64_t i = from;
     for (; i + 4 * WIDTH <= stop; i += 4 * WIDTH) {
-      a += square<F>(numbers, i);
-      b += square<F>(numbers, i + WIDTH);
-      c += square<F>(numbers, i + 2 * WIDTH);
-      d += square<F>(numbers, i + 3 * WIDTH);
+      a += square<F, COLUMNS>(numbers, i, columns(i));
+      b += square<F, COLUMNS>(numbers, i + WIDTH, columns(i + WIDTH));
+      c += square<F, COLUMNS>(numbers, i + 2 * WIDTH, columns(i + 2 * WIDTH));
+      d += square<F, COLUMNS>(numbers, i + 3 * WIDTH, columns(i + 3 * WIDTH));
       fetch(static_cast<const char*>(numbers) + i * SIZE + AHEAD, 4 * WIDTH * SIZE);
     }
-    for (; i + WIDTH <= stop; i += WIDTH) a += square<F>(numbers, i);
+    for (; i + WIDTH <= stop; i += WIDTH) a += square<F, COLUMNS>(numbers, i, columns(i));
     float rest = 0.0f;
-    for (; i < stop; ++i) rest += single<F>(numbers, i) * single<F>(numbers, i);
+    for (; i < stop; ++i) {
+      const float squared = single<F>(numbers, i) * single<F>(numbers, i);
+      if (COLUMNS) *columns(i) += squared;
+      rest += squared;
+    }
     const Lanes all = (a + b) + (c + d);
     float lanes[WIDTH];
     std::memcpy(lanes, &all, sizeof all);
@@ -64,26 +78,24 @@ template <Format F> inline double squares_of(const void* numbers, int64_t at, in
   return total;
 }
 
-inline double squares_at(const Piece& piece, int64_t at, int64_t n) {
-  if (piece.gradient_format == FP32) return squares_of<FP32>(piece.gradient, at, n);
-  if (piece.gradient_format == BF16) return squares_of<BF16>(piece.gradient, at, n);
+template <Format F>
+inline double squares_in(const void* numbers, int64_t at, int64_t n, float* columns) {
+  return columns ? squares_of<F, true>(numbers, at, n, columns)
+                 : squares_of<F, false>(numbers, at, n, nullptr);
+}
+
+// Sum of n squares; each is added to its column as well, if there are any.
+inline double squares_at(const Piece& piece, int64_t at, int64_t n, float* columns) {
+  if (piece.gradient_format == FP32) return squares_in<FP32>(piece.gradient, at, n, columns);
+  if (piece.gradient_format == BF16) return squares_in<BF16>(piece.gradient, at, n, columns);
   alignas(64) float numbers[FLUSH];
   double total = 0.0;
   for (int64_t from = 0; from < n; from += FLUSH) {
     const int part = static_cast<int>(n - from < FLUSH ? n - from : FLUSH);
     load_plain(FP16, piece.gradient, at + from, part, numbers);
-    total += squares_of<FP32>(numbers, 0, part);
+    total += squares_in<FP32>(numbers, 0, part, columns ? columns + from : nullptr);
   }
   return total;
-}
-
-inline void add_columns(const Piece& piece, int64_t at, int64_t n, float* __restrict columns) {
-  alignas(64) float numbers[BATCH];
-  for (int64_t from = 0; from < n; from += BATCH) {
-    const int part = static_cast<int>(n - from < BATCH ? n - from : BATCH);
-    load_plain(piece.gradient_format, piece.gradient, at + from, part, numbers);
-    for (int i = 0; i < part; ++i) columns[from + i] += numbers[i] * numbers[i];
-  }
 }
 
 // Tiles that are measured together: their sums of columns share a row of the scratch.
@@ -99,18 +111,18 @@ inline void measure_strip(Strip& strip, float* scratch) {
   for (int64_t t = strip.first; t < strip.stop; ++t) {
     const Tile& tile = piece.tiles[t];
     if (piece.elementwise) {
-      strip.sum = squares_at(piece, tile.start, tile.stop - tile.start);
+      strip.sum = squares_at(piece, tile.start, tile.stop - tile.start, nullptr);
       return;
     }
     const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
     for (int64_t b = 0; b < tile.num_blocks; ++b) {
       const int64_t at = tile.start + b * numel;
-      const double sum = squares_at(piece, at, numel);
+      const double sum =
+          squares_at(piece, at, numel, strip.columns ? scratch + strip.scratch : nullptr);
       if (tile.num_blocks > 1)
         piece.sums[tile.first_block + b] += static_cast<float>(sum);
       else
         strip.sum = sum;  // other tiles may have other parts of the block
-      if (strip.columns) add_columns(piece, at, numel, scratch + strip.scratch);
     }
   }
 }

@@ -106,10 +106,11 @@ inline void move_numbers(const Piece& p, int64_t n, const float* gradient, Scale
     ema<false>(p, n, gradient, scale, weights, lines);
 }
 
-// All in fp32, a factor per block: one loop over the memory itself, which is then never waited for.
+// All in fp32, a factor per block, and one per column where factored: one loop over the memory
+// itself, which is then never waited for.
 inline bool in_place(const Piece& p) {
   return p.gradient_format == FP32 && p.weight_format == FP32 && p.line_kind == LINE_FP32 &&
-         !p.elementwise && !p.column_scale && !p.scales_gradient;
+         !p.elementwise && !p.scales_gradient;
 }
 
 inline void move_in_place(const Piece& p, const Tile& tile) {
@@ -121,13 +122,19 @@ inline void move_in_place(const Piece& p, const Tile& tile) {
   for (int64_t b = 0; b < tile.num_blocks; ++b) {
     const int64_t stop = tile.start + (b + 1) * numel;
     const float factor = p.scale[tile.first_block + b];
-    const auto scale = [=](int64_t) { return factor; };
     for (int64_t at = stop - numel; at < stop; at += PART) {
       const int64_t n = stop - at < PART ? stop - at : PART;
       fetch(gradients + at + AHEAD, PART * sizeof(float));
       fetch(weights + at + AHEAD, PART * sizeof(float));
       fetch(lines + at + AHEAD, PART * sizeof(float));
-      move_numbers(p, n, gradients + at, scale, weights + at, lines + at);
+      if (p.column_scale) {
+        const float* columns = p.column_scale + tile.column + (at - (stop - numel));
+        const auto scale = [=](int64_t i) { return factor * columns[i]; };
+        move_numbers(p, n, gradients + at, scale, weights + at, lines + at);
+      } else {
+        const auto scale = [=](int64_t) { return factor; };
+        move_numbers(p, n, gradients + at, scale, weights + at, lines + at);
+      }
     }
   }
 }
@@ -259,17 +266,18 @@ inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, cons
   store_line(p, tile, at, n, draws, batch);
 }
 
-// Of a whole batch, the factor of each group; false where a group is cut by a block or by the tile.
-inline bool factors_of(const Piece& p, const Tile& tile, int64_t at, float* factors) {
+// Of a whole batch, the factors of each group; false where a group is cut by a block or by the tile.
+inline bool factors_of(const Piece& p, const Tile& tile, int64_t at, Factors& factors) {
   if (tile.first_shared >= 0 && at == tile.start) return false;
   if (tile.last_shared >= 0 && at + BATCH == tile.stop) return false;
   const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
   int64_t block = (at - tile.start) / numel, inside = (at - tile.start) % numel;
   for (int g = 0; g < BATCH / GROUP; ++g) {
     if (inside == numel) ++block, inside = 0;
+    factors.blocks[g] = p.scale[tile.first_block + block];
+    if (p.column_scale) factors.columns[g] = p.column_scale + tile.column + inside;
     inside += GROUP;
     if (inside > numel) return false;
-    factors[g] = p.scale[tile.first_block + block];
   }
   return true;
 }
@@ -286,7 +294,7 @@ inline void move_tile(const Piece& p, const Tile& tile) {
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
     const int64_t before = at - tile.start;
     const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
-    float factors[BATCH / GROUP];
+    Factors factors;
     const Draws here = draws.ahead(before);
     const bool whole = fused && n == BATCH && here.at_word() && factors_of(p, tile, at, factors);
     if (whole && fused(p, at, group, factors, here)) continue;

@@ -154,17 +154,6 @@ inline void decode(const int8_t* __restrict codes, int numel, uint16_t scale, fl
   }
 }
 
-// x / scale, rounded as a division is: Markstein's correction of x * (1 / scale).
-inline float quotient(float x, float scale, float inverse) {
-#ifdef __FP_FAST_FMAF
-  float q = x * inverse;
-  return __builtin_fmaf(__builtin_fmaf(-q, scale, x), inverse, q);
-#else
-  (void)inverse;
-  return x / scale;
-#endif
-}
-
 // a * b + c where the product needs no rounding: the same with and without the instruction.
 inline float exactly(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
@@ -203,7 +192,7 @@ inline void encode(const float* __restrict values, const uint16_t* __restrict bi
   // and their products with the scale, have 23 bits at most, so they are exact in any order.
   for (int i = 0; i < n; ++i) {
     const float x = std::fabs(values[i]);
-    const int32_t r = static_cast<int32_t>(std::sqrt(quotient(x, unit, inverse) + 256.0f));
+    const int32_t r = static_cast<int32_t>(std::sqrt(x * inverse + 256.0f));
     const float root = static_cast<float>(r);
     const float beyond = exactly(-exactly(root, root, -256.0f), unit, x);
     const float step = exactly(root, 2.0f, 1.0f) * part;

@@ -217,7 +217,7 @@ def store_line(
         least = tl.maximum(tl.math.div_rn(absmax, _HIGHEST), _SMALLEST_SCALE)
         pattern = (least.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
         scale = (pattern << 16).to(tl.float32, bitcast=True)
-        below = tl.math.sqrt_rn(tl.math.div_rn(magnitude, scale) + _BEND * _BEND / 4)
+        below = tl.math.sqrt_rn(magnitude * tl.math.div_rn(1.0, scale) + _BEND * _BEND / 4)
         below = tl.floor(below - _BEND / 2)
         beyond = magnitude - below * (below + _BEND) * scale
         step = (2.0 * below + (_BEND + 1)) * scale
