@@ -205,7 +205,7 @@ def test_sums_are_those_of_fp64(dtype: torch.dtype, blocks: str) -> None:
     for param in model.parameters():
         param.grad = torch.randn(param.shape, generator=generator).to(dtype)
     holdings = optimizer.holdings
-    launch.measure(holdings)
+    launch.Table(holdings).measure()
     for holding in holdings:
         squares = holding.param.grad.double().square()  # type: ignore[union-attr]
         flat = squares.view(len(squares), -1) if squares.dim() > 1 else squares.view(1, -1)

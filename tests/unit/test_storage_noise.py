@@ -140,7 +140,16 @@ def test_every_byte_is_uniform(draws: Callable[[int], Tensor]) -> None:
         ((2**63, 0, 0), 0),
         ((0, 2**32, 0), 0),
     ],
-    ids=["stream", "step", "seed", "next element", "next word", "element + 2**34", "high seed", "high step"],
+    ids=[
+        "stream",
+        "step",
+        "seed",
+        "next element",
+        "next word",
+        "element + 2**34",
+        "high seed",
+        "high step",
+    ],
 )
 def test_neighbours_have_nothing_in_common(other: tuple[int, int, int], index: int) -> None:
     n = 2**17

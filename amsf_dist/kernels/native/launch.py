@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from amsf_dist.kernels.choice import by_parameter
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.lines import flat_line
 from amsf_dist.kernels.move import Move, Opened
 from amsf_dist.kernels.native.build import library
 from amsf_dist.kernels.native.table import FORMATS, PIECE, RULES, Rows, rows_of
-from amsf_dist.rules.protocol import Coefficients, Scalar
+from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Piece
 from amsf_dist.shards.layout import itself
 
-__all__ = ["NativeMove", "measure", "write"]
+__all__ = ["Table", "Written"]
 
 
 class _Known(NamedTuple):
@@ -46,115 +49,176 @@ class _Known(NamedTuple):
     shared: bool
 
 
-class NativeMove(NamedTuple):
-    """One tensor's step; second moments advance when it is written, if not when it is made.
+class Table:
+    """Tensors of a lane that step together, all of a kind that `serves` accepts.
 
-    Attributes:
-        holding: of a kind that `serves` accepts, with a finite gradient and agreed block sums.
-        c: the rule's scalars, floats.
-        step: its count of steps, a key of stochastic rounding.
-        scaled: where blocks are scaled beforehand.
+    Addresses are read anew in every step: wrappers put other memory under a parameter. Everything
+    else is by columns, because microseconds for a tensor are many where tensors are small.
     """
 
-    holding: Holding
-    c: Coefficients
-    step: Scalar
-    scaled: Move | None
+    def __init__(self, holdings: Sequence[Holding]) -> None:
+        """Put their rows side by side."""
+        self.holdings = holdings
+        self._known = [_known(holding) for holding in holdings]
+        counts = [one.num_pieces for one in self._known]
+        self._rows = b"".join([one.rows for one in self._known])
+        self._owner = np.repeat(np.arange(len(holdings)), counts)
+        self._index = np.repeat([holding.index for holding in holdings], counts)
+        ends = np.cumsum(counts).tolist()
+        self._span = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        # the tensors of a lane may differ in dtype, and so in storage
+        self._has_errors = any(holding.errors for holding in holdings)
+        self._has_scales = any(len(holding.lines[0].tensors) > 1 for holding in holdings)
+        self._agreeing = [i for i, one in enumerate(self._known) if one.agrees]
 
-    @classmethod
-    def of(cls, holding: Holding, c: Coefficients, step: Scalar) -> NativeMove:
-        """Make it."""
-        agrees = _known(holding).agrees
-        return cls(holding, c, step, Move(holding, c, step, None, False) if agrees else None)
+    def serves(self, holdings: Sequence[Holding]) -> bool:
+        """Whether it is the table of these, as they are now."""
+        return (
+            len(holdings) == len(self.holdings)
+            and all(map(is_, holdings, self.holdings))
+            and (not holdings or _key(holdings[0]) == self._known[0].key)
+        )
+
+    def measure(self) -> None:
+        """Add grad**2 of every block to its partition's sums; see `reference.sum_of_squares`."""
+        table, alive = self._fresh(), self._gradients()
+        table["gradient"] = self._spread(alive)
+        table["gradient_format"] = self._spread_formats(alive)
+        table["sums"] += self._spread([holding.sums for holding in self.holdings])
+        for i, holding in enumerate(self.holdings):
+            rows, pieces = table[self._span[i]], holding.layout.pieces
+            if not (self._known[i].flat and alive[i].is_contiguous()):
+                lines = [flat_line(alive[i], piece) for piece in pieces]
+                alive += lines
+                rows["gradient"] = [line.data_ptr() for line in lines]
+            if len(holding.partitions) > 1:
+                for row, piece in zip(rows, pieces, strict=True):
+                    _measure_columns(row, holding, piece)
+        _call("amsf_measure", table)
+
+    def moves(self, c: Coefficients, draws: Tensor) -> Written:
+        """Advance the moments of those whose blocks are scaled beforehand.
+
+        Args:
+            c: the rule's scalars, columns over the lane.
+            draws: [lane's parameters] fp64, keys of stochastic rounding.
+        """
+        scaled = {}
+        if self._agreeing:
+            rows, steps = by_parameter(c, draws)
+            for i in self._agreeing:
+                holding = self.holdings[i]
+                at = holding.index
+                scaled[i] = Move(holding, rows[at], steps[at], None, False)
+        return Written(self, c, draws, scaled)
+
+    def write(self, c: Coefficients, draws: Tensor, scaled: dict[int, Move]) -> None:
+        """Move the weights and the lines, and moments that have not moved yet."""
+        holdings, known, table = self.holdings, self._known, self._fresh()
+        gradients = self._gradients()
+        weights = [
+            holding.param if one.whole else holding.memory(holding.param)
+            for holding, one in zip(holdings, known, strict=True)
+        ]
+        lines = [holding.lines[0].tensors for holding in holdings]
+        table["gradient"] = self._spread(gradients)
+        table["gradient_format"] = self._spread_formats(gradients)
+        table["weight"] = self._spread(weights)
+        table["line"] = self._spread([line[0] for line in lines])
+        if self._has_errors:
+            table["error"] = self._spread([h.errors[0] if h.errors else None for h in holdings])
+        if self._has_scales:
+            table["scales"] = self._spread([line[1] if len(line) > 1 else None for line in lines])
+        table["moments"] += self._spread([holding.exp_avg_sq for holding in holdings])
+        table["sums"] += self._spread([holding.sums for holding in holdings])
+        copies: list[tuple[Opened, Holding, Piece]] = []
+        for i, (holding, one) in enumerate(zip(holdings, known, strict=True)):
+            if not (one.flat and gradients[i].is_contiguous() and weights[i].is_contiguous()):
+                for row, piece in zip(table[self._span[i]], holding.layout.pieces, strict=True):
+                    copies.append((Opened(holding, piece), holding, piece))
+                    _open(row, copies[-1][0])
+        alive = [_share(table[self._span[i]], holdings[i], known[i], scaled[i]) for i in scaled]
+        before = table["scales_before"]  # set where it is a copy
+        table["scales_before"] = np.where(before == 0, table["scales"], before)
+        self._set_scalars(table, c, draws)
+        own = np.where(table["scaled"] == 0, table["num_blocks"] * (table["elementwise"] == 0), 0)
+        scratch = np.empty(int(own.sum()), np.float32)
+        starts = (scratch.ctypes.data + 4 * (np.cumsum(own) - own)).astype(np.uint64)
+        table["scale"] = np.where(table["scaled"] == 0, starts, table["scale"])
+        _call("amsf_move", table)
+        del alive
+        for opened, holding, piece in copies:
+            opened.put_back(holding, piece)
+
+    def _fresh(self) -> Rows:
+        return np.frombuffer(bytearray(self._rows), PIECE)
+
+    def _gradients(self) -> list[Tensor]:
+        found = []
+        for holding, one in zip(self.holdings, self._known, strict=True):
+            gradient = holding.param.grad
+            assert gradient is not None
+            found.append(gradient if one.whole else holding.memory(gradient))
+        return found
+
+    def _spread(self, tensors: Sequence[Tensor | None]) -> NDArray[np.uint64]:
+        """[pieces] where each piece's tensor begins."""
+        found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return np.array(found, np.uint64)[self._owner]
+
+    def _spread_formats(self, tensors: Sequence[Tensor]) -> NDArray[np.int32]:
+        found = [FORMATS[tensor.dtype] for tensor in tensors[: len(self.holdings)]]
+        return np.array(found, np.int32)[self._owner]
+
+    def _set_scalars(self, table: Rows, c: Coefficients, draws: Tensor) -> None:
+        def column(scalar: Tensor | float) -> Any:
+            return scalar.numpy()[self._index] if isinstance(scalar, Tensor) else scalar
+
+        for number, name in enumerate(RULES[type(self.holdings[0].rule)][1]):
+            table["coefficients"][:, number] = column(getattr(c, name))
+        table["carry2"], table["fresh2"] = column(c.carry2), column(c.fresh2)
+        table["inverse_correction2"] = 1.0 / column(c.bias_correction2)
+        table["eps"], table["clips_blocks"] = column(c.eps), c.clip_blocks
+        table["step"] = column(draws)
+        table["factor"] = 1.0
+        if any(holding.factor is not None for holding in self.holdings):
+            factors = [h.factor for h in self.holdings]
+            table["scales_gradient"] = np.array([f is not None for f in factors])[self._owner]
+            numbers = [1.0 if factor is None else float(factor) for factor in factors]
+            table["factor"] = np.array(numbers)[self._owner]
+
+
+class Written(NamedTuple):
+    """What is to be written of a table's tensors; see `Moves`.
+
+    Attributes:
+        table: of them; they have finite gradients and agreed block sums.
+        c: the rule's scalars.
+        draws: see `Table.moves`.
+        scaled: of those whose blocks are scaled beforehand, by their place in the table.
+    """
+
+    table: Table
+    c: Coefficients
+    draws: Tensor
+    scaled: dict[int, Move]
 
     def seek_peaks(self) -> None:
         """See `Move.seek_peaks`."""
-        if self.scaled is not None:
-            self.scaled.seek_peaks()
+        for move in self.scaled.values():
+            move.seek_peaks()
+
+    def write(self) -> None:
+        """See `Table.write`."""
+        self.table.write(self.c, self.draws, self.scaled)
 
 
-def measure(holdings: Sequence[Holding]) -> None:
-    """Add grad**2 of every block to its partition's sums; see `reference.sum_of_squares`."""
-    known = [_known(holding) for holding in holdings]
-    table = _side_by_side(known)
-    gradients: list[int] = []
-    formats: list[int] = []
-    alive: list[Tensor] = []
-    for holding, one in zip(holdings, known, strict=True):
-        memory = _gradient(holding, one)
-        if one.flat and memory.is_contiguous():
-            alive.append(memory)
-            gradients += [memory.data_ptr()] * one.num_pieces
-        else:
-            lines = [flat_line(memory, piece) for piece in holding.layout.pieces]
-            alive += lines
-            gradients += [line.data_ptr() for line in lines]
-        formats += [FORMATS[memory.dtype]] * one.num_pieces
-        if len(holding.partitions) > 1:
-            at = len(gradients) - one.num_pieces
-            for row, piece in zip(table[at : len(gradients)], holding.layout.pieces, strict=True):
-                _measure_columns(row, holding, piece)
-    table["gradient"], table["gradient_format"] = gradients, formats
-    table["sums"] += _addresses([holding.sums for holding in holdings], known)
-    _call("amsf_measure", table)
-
-
-def write(moves: Sequence[NativeMove]) -> None:
-    """Move the weights and the lines, and moments that have not moved yet."""
-    known = [_known(move.holding) for move in moves]
-    table = _side_by_side(known)
-    records: list[tuple[int, ...]] = []
-    alive: list[Tensor | Opened] = []
-    copies: list[tuple[Opened, Holding, Piece]] = []
-    for move, one in zip(moves, known, strict=True):
-        holding = move.holding
-        gradient, param = _gradient(holding, one), holding.param
-        weight = param if one.whole else holding.memory(param)
-        if one.flat and gradient.is_contiguous() and weight.is_contiguous():
-            line = holding.lines[0].tensors
-            alive.append(gradient)
-            record = (
-                gradient.data_ptr(),
-                weight.data_ptr(),
-                holding.errors[0].data_ptr() if holding.errors else 0,
-                line[0].data_ptr(),
-                line[1].data_ptr() if len(line) > 1 else 0,
-                FORMATS[gradient.dtype],
-            )
-            records += [record] * one.num_pieces
-        else:
-            for piece in holding.layout.pieces:
-                opened = Opened(holding, piece)
-                alive.append(opened)
-                copies.append((opened, holding, piece))
-                records.append(_opened(opened))
-        if one.agrees:
-            at = len(records) - one.num_pieces
-            _share(table[at : len(records)], move, one, alive)
-    names = "gradient", "weight", "error", "line", "scales", "gradient_format"
-    for name, column in zip(names, np.array(records, np.uint64).T, strict=True):
-        table[name] = column
-    before = table["scales_before"]  # set where it is a copy
-    table["scales_before"] = np.where(before == 0, table["scales"], before)
-    table["moments"] += _addresses([move.holding.exp_avg_sq for move in moves], known)
-    table["sums"] += _addresses([move.holding.sums for move in moves], known)
-    _set_scalars(table, moves, known)
-    own = np.where(table["scaled"] == 0, table["num_blocks"] * (table["elementwise"] == 0), 0)
-    scratch = np.empty(int(own.sum()), np.float32)
-    starts = (scratch.ctypes.data + 4 * (np.cumsum(own) - own)).astype(np.uint64)
-    table["scale"] = np.where(table["scaled"] == 0, starts, table["scale"])
-    _call("amsf_move", table)
-    for opened, holding, piece in copies:
-        opened.put_back(holding, piece)
-
-
-def _side_by_side(known: Sequence[_Known]) -> Rows:
-    """The rows of several tensors; numpy's own way takes microseconds for each."""
-    return np.frombuffer(bytearray(b"".join([one.rows for one in known])), PIECE)
+def _key(holding: Holding) -> tuple[Any, ...]:
+    return holding.group["seed"], holding.group["decay"]
 
 
 def _known(holding: Holding) -> _Known:
-    key = holding.group["seed"], holding.group["decay"]
+    key = _key(holding)
     known: _Known | None = holding.prepared
     if known is None or known.key != key:
         rows, tiles = rows_of(holding)
@@ -172,28 +236,14 @@ def _known(holding: Holding) -> _Known:
     return known
 
 
-def _gradient(holding: Holding, known: _Known) -> Tensor:
-    gradient = holding.param.grad
-    assert gradient is not None
-    return gradient if known.whole else holding.memory(gradient)
-
-
-def _addresses(tensors: Sequence[Tensor], known: Sequence[_Known]) -> np.ndarray[Any, Any]:
-    """[pieces] where each piece's tensor begins."""
-    addresses = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    return np.repeat(addresses, [one.num_pieces for one in known])
-
-
-def _opened(opened: Opened) -> tuple[int, ...]:
+def _open(row: np.void, opened: Opened) -> None:
+    """Of a piece whose memory is a copy."""
     (line,) = opened.lines
-    return (
-        opened.gradient.data_ptr(),
-        opened.weight[0].data_ptr(),
-        opened.weight[1].data_ptr() if len(opened.weight) > 1 else 0,
-        line[0].data_ptr(),
-        line[1].data_ptr() if len(line) > 1 else 0,
-        FORMATS[opened.gradient.dtype],
-    )
+    row["gradient"] = opened.gradient.data_ptr()
+    row["weight"], row["line"] = opened.weight[0].data_ptr(), line[0].data_ptr()
+    row["error"] = opened.weight[1].data_ptr() if len(opened.weight) > 1 else 0
+    row["scales"] = line[1].data_ptr() if len(line) > 1 else 0
+    row["gradient_format"] = FORMATS[opened.gradient.dtype]
 
 
 def _measure_columns(row: np.void, holding: Holding, piece: Piece) -> None:
@@ -203,11 +253,10 @@ def _measure_columns(row: np.void, holding: Holding, piece: Piece) -> None:
             row[name] = holding.partitions[number].sums.data_ptr() + 4 * cut.first_sum
 
 
-def _share(rows: Rows, move: NativeMove, known: _Known, alive: list[Any]) -> None:
-    """What `Move` worked out beforehand."""
-    holding = move.holding
-    assert move.scaled is not None
-    for row, scaled in zip(rows, move.scaled.scaled, strict=True):
+def _share(rows: Rows, holding: Holding, known: _Known, move: Move) -> list[Tensor]:
+    """What `Move` worked out beforehand; the tensors that the rows point to."""
+    alive = []
+    for row, scaled in zip(rows, move.scaled, strict=True):
         if scaled is not None:
             scales = [scaled.scale.contiguous()]
             scales += [] if scaled.columns is None else [scaled.columns.contiguous()]
@@ -219,33 +268,7 @@ def _share(rows: Rows, move: NativeMove, known: _Known, alive: list[Any]) -> Non
         before = holding.lines[0].by_group[0].clone()
         alive.append(before)
         rows["scales_before"], rows["peaks"] = before.data_ptr(), holding.peaks[0].data_ptr()
-
-
-def _set_scalars(table: Rows, moves: Sequence[NativeMove], known: Sequence[_Known]) -> None:
-    names = RULES[type(moves[0].holding.rule)][1]
-    numbers = []
-    for move in moves:
-        c, factor = move.c, move.holding.factor
-        own = [getattr(c, name) for name in RULES[type(move.holding.rule)][1]]
-        numbers.append(
-            (
-                *own,
-                c.carry2,
-                c.fresh2,
-                1.0 / c.bias_correction2,
-                c.eps,
-                c.clip_blocks,
-                1.0 if factor is None else float(factor),
-                factor is not None,
-            )
-        )
-    counts = [one.num_pieces for one in known]
-    columns = np.repeat(np.array(numbers, np.float64), counts, axis=0).T
-    table["coefficients"] = columns[: len(names)].T
-    rest = "carry2 fresh2 inverse_correction2 eps clips_blocks factor scales_gradient"
-    for name, column in zip(rest.split(), columns[len(names) :], strict=True):
-        table[name] = column
-    table["step"] = np.repeat(np.array([int(move.step) for move in moves], np.int64), counts)
+    return alive
 
 
 def _call(name: str, table: Rows) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from amsf_dist.kernels.choice import Kernel, Moves, Reference, by_parameter
+from amsf_dist.kernels.choice import Kernel, Moves, Reference
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.native.build import library
-from amsf_dist.kernels.native.launch import NativeMove, measure, write
+from amsf_dist.kernels.native.launch import Table
 from amsf_dist.kernels.native.table import serves
 from amsf_dist.rules.protocol import Coefficients
 
@@ -31,11 +31,12 @@ class NativeKernel:
     def __init__(self, holdings: Sequence[Holding]) -> None:
         """Step these."""
         self.holdings = holdings
+        self._table = Table(())
 
     def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
-        if stepping := self._stepping():
-            measure(stepping)
+        if table := self._stepping():
+            table.measure()
 
     def moves(
         self, c: Coefficients, draws: Tensor, finite: Tensor | None, by_block: bool
@@ -43,25 +44,12 @@ class NativeKernel:
         """See `Kernel`. Steps that not everything may take are the reference's."""
         if finite is not None:
             return Reference(self.holdings).moves(c, draws, finite, by_block)
-        rows, steps = by_parameter(c, draws)
-        moves = [NativeMove.of(h, rows[h.index], steps[h.index]) for h in self._stepping()]
-        return [_Together(moves)] if moves else []
+        table = self._stepping()
+        return [table.moves(c, draws)] if table else []
 
-    def _stepping(self) -> list[Holding]:
-        return [holding for holding in self.holdings if holding.param.grad is not None]
-
-
-class _Together:
-    """All tensors of a lane, written by one call."""
-
-    def __init__(self, moves: Sequence[NativeMove]) -> None:
-        self._moves = moves
-
-    def seek_peaks(self) -> None:
-        """See `Moves`."""
-        for move in self._moves:
-            move.seek_peaks()
-
-    def write(self) -> None:
-        """See `Moves`."""
-        write(self._moves)
+    def _stepping(self) -> Table | None:
+        """The tensors that have a gradient, mostly the same ones in every step."""
+        holdings = [holding for holding in self.holdings if holding.param.grad is not None]
+        if not self._table.serves(holdings):
+            self._table = Table(holdings)
+        return self._table if holdings else None
