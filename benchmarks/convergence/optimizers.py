@@ -66,14 +66,25 @@ def flash_adamw(model: nn.Module, options: dict[str, Any], seed: int) -> torch.o
     return FlashAdamW(_by_dimensions(model), **own)
 
 
+def portable_flash_adamw(
+    model: nn.Module, options: dict[str, Any], seed: int
+) -> torch.optim.Optimizer:
+    """`pytorch_optimizer.FlashAdamW`, the same in torch operations: 8 error bits, 8-bit moments."""
+    from pytorch_optimizer import FlashAdamW
+
+    own = {key: value for key, value in options.items() if key != "warmup_steps"}
+    return FlashAdamW(_by_dimensions(model), **own, master_weight_bits=24)
+
+
 BUILDERS: dict[str, Callable[[nn.Module, dict[str, Any], int], torch.optim.Optimizer]] = {
     "adamw": adamw,
     "adam_mini": adam_mini,
     "adamw_schedule_free": adamw_schedule_free,
     "amsf": amsf,
     "flash_adamw": flash_adamw,
+    "portable_flash_adamw": portable_flash_adamw,
 }
-_UNDER_COSINE = ("adamw", "adam_mini", "flash_adamw")
+_UNDER_COSINE = ("adamw", "adam_mini", "flash_adamw", "portable_flash_adamw")
 
 
 def set_learning_rate(

@@ -77,6 +77,12 @@ COMPARED = [
     ),
     *_FP32,
     *_LOW,
+    Setting(
+        "FlashAdamW (pytorch_optimizer) + cosine",
+        "portable_flash_adamw",
+        _ADAMW.options,
+        weights="bf16",
+    ),
     Setting("FlashAdamW + cosine", "flash_adamw", _ADAMW.options, weights="bf16"),
 ]
 
