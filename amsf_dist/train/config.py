@@ -131,6 +131,9 @@ class Config(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda (NCCL) if there is a GPU for every process, otherwise cpu (gloo)."""
     parallel: Literal["fsdp2", "ddp", "single", "deepspeed"] = "fsdp2"
+    shard_degree: Count | None = None
+    """Processes that share one copy of the model, for fsdp2; there are several copies then (HSDP).
+    null: all processes share one."""
     deepspeed: str | None = None
     """DeepSpeed's JSON file, for `parallel: deepspeed`; what this file says too must agree."""
     precision: Literal["fp32", "mixed", "bf16"] = "fp32"
@@ -178,6 +181,11 @@ class Config(_Section):
     def _combinations(self) -> Config:
         if self.parallel == "single" and self.nproc not in ("auto", 1):
             raise ValueError(f"parallel=single takes nproc=1, got nproc={self.nproc}")
+        if self.shard_degree is not None and self.parallel != "fsdp2":
+            raise ValueError(
+                f"shard_degree={self.shard_degree} goes with parallel=fsdp2; parallel="
+                f"{self.parallel} needs shard_degree=null"
+            )
         if self.parallel == "deepspeed" and not self.deepspeed:
             raise ValueError(
                 "parallel=deepspeed needs deepspeed, the path of its JSON file; "
@@ -220,6 +228,7 @@ class Config(_Section):
             )
         if isinstance(self.nproc, int):
             self.micro_batches(self.nproc)
+            self.shards(self.nproc)
         return self
 
     def _check_release(self) -> None:
@@ -241,6 +250,22 @@ class Config(_Section):
             )
         if self.optimizer != "amsf":
             raise ValueError(f"release=true: optimizer={self.optimizer} cannot; use release=false")
+
+    def shards(self, num_processes: int) -> int:
+        """Return how many of so many processes share a copy of the model.
+
+        Raises:
+            ValueError: copies would not be whole.
+        """
+        if self.parallel != "fsdp2":
+            return 1
+        degree = self.shard_degree or num_processes
+        if num_processes % degree:
+            raise ValueError(
+                f"the number of processes ({num_processes}) must be a multiple of shard_degree "
+                f"({degree})"
+            )
+        return degree
 
     def micro_batches(self, num_processes: int) -> int:
         """Return the number of micro-batches a step, for a number of processes.

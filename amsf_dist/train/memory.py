@@ -26,7 +26,7 @@ def predict(config: Config, num_processes: int) -> tuple[dict[str, int], dict[st
 
     Args:
         config: the job; its `amsf` section is used whatever its optimizer.
-        num_processes: that share the model under fsdp2.
+        num_processes: of the job.
     """
     model, optimizer = shapes_only(config.model_copy(update={"optimizer": "amsf"}))
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -39,7 +39,7 @@ def predict(config: Config, num_processes: int) -> tuple[dict[str, int], dict[st
             if name not in ("weights", "gradients")
         }
         return {**held.owners(), **lines}, zero_memory.with_adamw(held)
-    shards = num_processes if config.parallel == "fsdp2" else 1
+    shards = config.shards(num_processes)
     share = largest_share(params, shards)
     amsf = {owner: round(size * share) for owner, size in memory_by_owner(optimizer).items()}
     if config.release and (

@@ -178,7 +178,12 @@ def gradient_sync(model: nn.Module, last: bool, config: Config) -> Iterator[None
 def _shard_and_fill(
     config: Config, model: PreTrainedModel, whole: PreTrainedModel | None, world: World
 ) -> nn.Module:
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    shards = config.shards(world.size)
+    sizes = {"replicate": world.size // shards, "shard": shards}
+    if shards == world.size:
+        del sizes["replicate"]
+    # the last dimension is that of neighbours: who shares a copy is on one machine
+    mesh = init_device_mesh(world.device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if config.precision == "mixed" else None,
         reduce_dtype=None if config.precision == "fp32" else torch.float32,

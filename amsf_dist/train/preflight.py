@@ -37,6 +37,7 @@ def preflight(config: Config, nproc: int) -> None:
     """
     try:
         config.micro_batches(nproc)
+        config.shards(nproc)
     except ValueError as error:
         raise UserError(str(error)) from None
     if config.parallel == "single" and nproc != 1:

@@ -16,7 +16,14 @@ from benchmarks.convergence.setting import Setting
 __all__ = ["RESULTS", "append", "find", "hardware", "read", "versions"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-_PACKAGES = ("torch", "transformers", "schedulefree", "adam-mini", "flashoptim", "pytorch_optimizer")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "schedulefree",
+    "adam-mini",
+    "flashoptim",
+    "pytorch_optimizer",
+)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

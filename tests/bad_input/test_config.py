@@ -28,6 +28,11 @@ MISTAKES = {
     "a key that is empty": ("output_dir=", "output_dir must be text, got null"),
     "a baseline that is the run": ("compare=[amsf]", "remove it from compare"),
     "a batch that does not divide": ("nproc=4 ; parallel=ddp", "global_batch_size=4"),
+    "shards that do not divide": (
+        "parallel=fsdp2 ; nproc=3 ; shard_degree=2",
+        "must be a multiple of shard_degree (2)",
+    ),
+    "shards of what is not sharded": ("shard_degree=2", "goes with parallel=fsdp2"),
     "a micro-batch that does not": ("micro_batch_size=4", "micro_batch_size=6"),
     "micro-batches that do not": ("accumulation.steps=4", "accumulation.steps=6"),
     "micro-batches told twice": (

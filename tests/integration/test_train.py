@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,22 @@ def assert_same_losses(here: Path, there: Path) -> None:
 
 def test_two_processes_under_fsdp2_are_one(single: tuple[Path, str], sharded: Path) -> None:
     assert_same_losses(sharded / "run", single[0])
+
+
+def test_copies_of_two_shards_each_are_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HSDP on four processes, continued on two that are copies of each other."""
+    (tmp_path / "one").mkdir()
+    train(write_config(tmp_path / "one", eval_every=1, global_batch_size=8))
+    four = {"nproc": 4, "parallel": "fsdp2", "shard_degree": 2}
+    config = write_config(tmp_path, eval_every=1, global_batch_size=8, **four)
+    train(config, "steps=3")
+    owners = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
+    total = re.search(r"^total +([0-9.]+) kB", amsf(capsys, "memory", config), re.MULTILINE)
+    assert total and float(total[1]) * 1000 == pytest.approx(sum(owners.values()), rel=0.01)
+    train(config, "nproc=2", "shard_degree=1")
+    assert_same_losses(tmp_path / "run", tmp_path / "one" / "run")
 
 
 def test_torchrun_ddp_and_accumulation_are_one(single: tuple[Path, str], tmp_path: Path) -> None:
