@@ -105,13 +105,14 @@ class Launch:
         same = (tables.pieces, self.addresses, given.coefficients, given.factors, given.draws)
         options = self._options(given)
         with self.on_device():
-            for (element, aligned), items in tables.moves.items():
+            for (element, whole, aligned), items in tables.moves.items():
                 moving.move[(len(items) * programs.tiles,)](
                     items,
                     *same,
                     given.verdict,
                     scales,
                     ELEMENT=element,
+                    WHOLE=whole,
                     BY_BLOCK=given.by_block,
                     ALIGNED=aligned,
                     **options,

@@ -170,7 +170,7 @@ def store_weight(
         _store(base, at, mask, rounded, tl.int16, ALIGNED)
         _store(beside, at, mask, _nearest_16(lacking, FORMAT), tl.int16, ALIGNED)
     elif STORAGE == "stochastic":
-        bits = random_bits(key, place, offsets)
+        bits = random_bits(key, place, offsets, ALIGNED)
         _store_at_random(base, at, mask, values, bits, FORMAT, ALIGNED)
     else:
         _store_nearest(base, at, mask, values, FORMAT, ALIGNED)
@@ -206,7 +206,7 @@ def store_line(
     """
     if LINE == "int8":
         # Source text: grouped.encode, Int8.store
-        bits = random_bits(key, place, offsets)
+        bits = random_bits(key, place, offsets, ALIGNED)
         finite = is_finite(values)
         magnitude = tl.where(finite, tl.abs(values), 0.0)
         absmax = tl.max(magnitude, axis=1)[:, None]
@@ -219,15 +219,16 @@ def store_line(
         scale = (pattern << 16).to(tl.float32, bitcast=True)
         below = tl.math.sqrt_rn(magnitude * tl.math.div_rn(1.0, scale) + _BEND * _BEND / 4)
         below = tl.floor(below - _BEND / 2)
-        beyond = magnitude - below * (below + _BEND) * scale
-        step = (2.0 * below + (_BEND + 1)) * scale
-        chance = (2 * bits + 1).to(tl.float32)
-        up = beyond > chance * (7.62939453125e-06 * step)  # 2**-17
+        # fused where the product is exact, and is so without fusing
+        beyond = tl.math.fma(-(below * (below + _BEND)), scale, magnitude)
+        part = 7.62939453125e-06 * scale  # 2**-17
+        step = tl.math.fma(below, 2.0, _BEND + 1.0) * part
+        up = beyond > (2 * bits + 1).to(tl.float32) * step
         code = below.to(tl.int32) + up.to(tl.int32)
         code = tl.where(finite, tl.where(values < 0, -code, code), _NOT_A_NUMBER)
         _store(base, at, mask, code, tl.int8, ALIGNED)
         _store(scales, group, there, pattern, tl.int16, False)
     elif LINE == "bf16":
-        _store_at_random(base, at, mask, values, random_bits(key, place, offsets), LINE, ALIGNED)
+        _store_at_random(base, at, mask, values, random_bits(key, place, offsets, ALIGNED), LINE, ALIGNED)
     else:
         _store_nearest(base, at, mask, values, LINE, ALIGNED)

@@ -34,7 +34,7 @@ _ADDRESS = tl.constexpr(ADDRESS_FIELDS)
 
 @triton.jit
 def _scale_of(scales, block, before, block_numel, offsets, mask, TILE: tl.constexpr):
-    """[groups, 64] factor of the gradient of every number of a tile.
+    """Factors of the gradient at `offsets` of a tile.
 
     `block`: of the first number; `before`: numbers of that block before it.
     """
@@ -102,7 +102,7 @@ def _tile(
 @triton.jit
 def move(
     items, pieces, addresses, coefficients, factors, steps, verdict, scales,
-    RULE: tl.constexpr, ELEMENT: tl.constexpr, STORAGE: tl.constexpr, FORMAT: tl.constexpr,
+    RULE: tl.constexpr, ELEMENT: tl.constexpr, WHOLE: tl.constexpr, STORAGE: tl.constexpr, FORMAT: tl.constexpr,
     LINE: tl.constexpr, GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr,
     CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     TILES: tl.constexpr, GROUPS: tl.constexpr,
@@ -120,6 +120,7 @@ def move(
         scales: of the blocks, from `advance_moments`.
         RULE: its name.
         ELEMENT: whether every element is a block.
+        WHOLE: whether no block begins within 64 numbers that are moved together.
         STORAGE: of the weights, see memory.py.
         FORMAT: of the weights.
         LINE: storage of the line.
@@ -127,7 +128,7 @@ def move(
         DECAY_ALL: whether weight decay is for all parameters; if not, for matrices.
         CLIP_BLOCKS: see `second_moment`.
         BY_BLOCK: every block decides for itself.
-        ALIGNED: whether all addresses, and numbers, are multiples of 16 (bytes).
+        ALIGNED: whether all addresses, and numbers, are multiples of 16 (bytes), and places of 4.
         TILES: at most, per item.
         GROUPS: of 64 numbers, per tile.
     """
@@ -157,8 +158,11 @@ def move(
         block_numel = tl.load(item + 5).to(tl.int32)
         before = tl.load(item + 6).to(tl.int32) + skipped
         block += before // block_numel
+        at, there = offsets, mask
+        if WHOLE:  # one factor for each group
+            at, there = groups * 64, groups * 64 < numel
         scale = _scale_of(
-            scales, block, before % block_numel, block_numel, offsets, mask, GROUPS * 64
+            scales, block, before % block_numel, block_numel, at, there, GROUPS * 64
         )
     _tile(
         pieces + number * _PIECE, addresses + number * _ADDRESS, coefficients, factors, steps,

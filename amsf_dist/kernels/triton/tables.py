@@ -22,6 +22,7 @@ __all__ = ["Programs", "Tables", "build"]
 
 _ALIGNED = 16  # numbers, and bytes of addresses: a thread then reads 16 bytes at once
 _FP32 = 4  # bytes
+_WORD = 4  # numbers that share a random word
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Programs:
 
 
 _MeasureClass = tuple[int, int, bool]
+_MoveClass = tuple[bool, bool, bool]
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Tables:
         adds: items of `add_parts`; None: every sum is formed by one program.
         parts: fp32, what those add.
         moments: items of `advance_moments`; None: every element is a block.
-        moves: (every element is a block, aligned) -> items of `move`.
+        moves: (every element is a block, blocks of whole groups, aligned) -> items of `move`.
         fused: aligned -> items of `measure_and_move`; what they step is in no other table.
     """
 
@@ -71,7 +73,7 @@ class Tables:
     adds: Tensor | None
     parts: Tensor
     moments: Tensor | None
-    moves: dict[tuple[bool, bool], Tensor]
+    moves: dict[_MoveClass, Tensor]
     fused: dict[bool, Tensor]
 
 
@@ -83,7 +85,7 @@ class _Rows:
     num_scales: int = 0
     measures: dict[_MeasureClass, list[list[int]]] = field(default_factory=dict)
     moments: list[list[int]] = field(default_factory=list)
-    moves: dict[tuple[bool, bool], list[list[int]]] = field(default_factory=dict)
+    moves: dict[_MoveClass, list[list[int]]] = field(default_factory=dict)
     fused: dict[bool, list[list[int]]] = field(default_factory=dict)
     # address of a sum -> items that form it: such as have one row, which may be a part of a block
     shares: dict[int, list[list[int]]] = field(default_factory=dict)
@@ -153,8 +155,9 @@ def _add(
     for stretch in here:
         for move in _moved(number, piece, stretch, rows.num_scales, size):
             ok = fine and move[1] % _ALIGNED == 0 and move[2] % _ALIGNED == 0
-            ok = ok and (not element or move[4] % _ALIGNED == 0)
-            rows.moves.setdefault((element, ok), []).append(move)
+            ok = ok and move[3] % _WORD == 0 and (not element or move[4] % _ALIGNED == 0)
+            whole = not element and move[5] % GROUP == 0 and move[6] % GROUP == 0
+            rows.moves.setdefault((element, whole, ok), []).append(move)
     if not element:
         moments = holding.exp_avg_sq.data_ptr() + _FP32 * piece.first_block
         for at in range(0, piece.num_blocks, programs.blocks):
@@ -193,6 +196,7 @@ def _add_fused(
             item[6] = sums + _FP32 * item[4]
             item[4] += piece.first_block
             ok = fine and item[1] % _ALIGNED == 0 and block_numel % _ALIGNED == 0
+            ok = ok and item[3] % _WORD == 0
             rows.fused.setdefault(ok, []).append(item)
 
 
