@@ -217,18 +217,24 @@ def store_line(
         least = tl.maximum(tl.math.div_rn(absmax, _HIGHEST), _SMALLEST_SCALE)
         pattern = (least.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
         scale = (pattern << 16).to(tl.float32, bitcast=True)
-        below = tl.math.sqrt_rn(magnitude * tl.math.div_rn(1.0, scale) + _BEND * _BEND / 4)
-        below = tl.floor(below - _BEND / 2)
-        # fused where the product is exact, and is so without fusing
-        beyond = tl.math.fma(-(below * (below + _BEND)), scale, magnitude)
-        part = 7.62939453125e-06 * scale  # 2**-17
-        step = tl.math.fma(below, 2.0, _BEND + 1.0) * part
-        up = beyond > (2 * bits + 1).to(tl.float32) * step
-        code = below.to(tl.int32) + up.to(tl.int32)
-        code = tl.where(finite, tl.where(values < 0, -code, code), _NOT_A_NUMBER)
+        # r = k + 16, so k (k + 32) = r r - 256 and the step is 2 r + 1. Fused where the product is
+        # exact; conversions, of which few are done at a time, are sums with a power of two.
+        r = tl.math.sqrt_rn(magnitude * tl.math.div_rn(1.0, scale) + _BEND * _BEND / 4)
+        r = tl.floor(r)
+        beyond = tl.math.fma(tl.math.fma(r, r, -_BEND * _BEND / 4), -scale, magnitude)
+        part = 1.52587890625e-05 * scale  # 2**-16
+        step = tl.math.fma(r, 2.0 * part, part)
+        chance = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388607.5  # bits + 1/2
+        c = r + tl.where(beyond > chance * step, 1.0 - _BEND / 2, -_BEND / 2)
+        sign = values.to(tl.int32, bitcast=True) & -0x80000000
+        c = (c.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        code = (c + 12582912.0).to(tl.int32, bitcast=True)  # 3 * 2**22: the lowest byte is c's
+        code = tl.where(finite, code, _NOT_A_NUMBER)
         _store(base, at, mask, code, tl.int8, ALIGNED)
         _store(scales, group, there, pattern, tl.int16, False)
     elif LINE == "bf16":
-        _store_at_random(base, at, mask, values, random_bits(key, place, offsets, ALIGNED), LINE, ALIGNED)
+        _store_at_random(
+            base, at, mask, values, random_bits(key, place, offsets, ALIGNED), LINE, ALIGNED
+        )
     else:
         _store_nearest(base, at, mask, values, LINE, ALIGNED)

@@ -161,9 +161,7 @@ def move(
         at, there = offsets, mask
         if WHOLE:  # one factor for each group
             at, there = groups * 64, groups * 64 < numel
-        scale = _scale_of(
-            scales, block, before % block_numel, block_numel, at, there, GROUPS * 64
-        )
+        scale = _scale_of(scales, block, before % block_numel, block_numel, at, there, GROUPS * 64)
     _tile(
         pieces + number * _PIECE, addresses + number * _ADDRESS, coefficients, factors, steps,
         block, scale, start, place, group, offsets, groups, mask,
