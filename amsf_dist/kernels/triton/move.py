@@ -102,8 +102,8 @@ def _tile(
 @triton.jit
 def move(
     items, pieces, addresses, coefficients, factors, steps, verdict, scales,
-    RULE: tl.constexpr, ELEMENT: tl.constexpr, WHOLE: tl.constexpr, STORAGE: tl.constexpr, FORMAT: tl.constexpr,
-    LINE: tl.constexpr, GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr,
+    RULE: tl.constexpr, ELEMENT: tl.constexpr, WHOLE: tl.constexpr, STORAGE: tl.constexpr,
+    FORMAT: tl.constexpr, LINE: tl.constexpr, GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr,
     CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
