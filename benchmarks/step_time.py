@@ -141,11 +141,6 @@ def peers(fp32: list[tuple[str, nn.Parameter]], bf16: list[tuple[str, nn.Paramet
         optimizer.train()
         return optimizer
 
-    def flash_adamw() -> Any:
-        from pytorch_optimizer import FlashAdamW
-
-        return FlashAdamW([param for _, param in bf16], lr=LR, master_weight_bits=24)
-
     def deepspeed() -> Any:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -168,7 +163,6 @@ def peers(fp32: list[tuple[str, nn.Parameter]], bf16: list[tuple[str, nn.Paramet
         "optimi AdamW": lambda: optimi(copies(fp32), foreach=False),
         "optimi AdamW, bf16 Kahan": lambda: optimi(copies(bf16), foreach=False),
         "pytorch_optimizer ScheduleFreeAdamW": pytorch_optimizer,
-        "pytorch_optimizer FlashAdamW, 5.13 bytes": flash_adamw,
     }
 
 
