@@ -49,7 +49,7 @@ class Report:
             return
         directory = Path(config.output_dir)
         self._metrics = MetricsFile(directory / "metrics.jsonl", done_steps)
-        self._trackers = open_trackers(config, directory)
+        self._trackers = open_trackers(config, directory, done_steps)
         if sys.stderr.isatty():
             # A terminal that does not know its size says 0, which tqdm takes for "show nothing".
             size_known = all(os.get_terminal_size(sys.stderr.fileno()))
