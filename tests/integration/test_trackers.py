@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 pytestmark = pytest.mark.xdist_group("trackers")  # they share the run below
 
-ONLY_IN_THE_FILE = {"tokens", "others", "stale_by_parameter"}
+ONLY_IN_THE_FILE = {"tokens", "others", "stale_by_parameter", "stale_by_block"}
 Told = dict[tuple[int, str], float]
 
 
