@@ -15,12 +15,10 @@ from amsf_dist.kernels.tiles import sections
 from amsf_dist.kernels.transfer import read_line
 from amsf_dist.optimizer import AMSF
 from amsf_dist.roots import root
+from amsf_dist.samples import MOST_BLOCKS, Sample
 from amsf_dist.shards import Piece
 
-__all__ = ["Figures", "StepWatch"]
-
-_SAMPLE = 65536
-"""Numbers of each part of a parameter that are compared before and after a step."""
+__all__ = ["Figures", "StaleBlocks", "StepWatch"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,21 @@ class Figures:
     distance: float
     stale: float
     clipped: float
+
+
+@dataclass(frozen=True)
+class StaleBlocks:
+    """How stale updates are spread over the blocks of one parameter.
+
+    Attributes:
+        sampled: blocks that were looked at, and have something to lose; at most 64.
+        wholly: share of them in which every update was rounded away.
+        worst: share of the updates that was, in the block where it is largest.
+    """
+
+    sampled: int
+    wholly: float
+    worst: float
 
 
 @dataclass
@@ -78,23 +91,23 @@ class StepWatch:
 
     `before` and `after` go around whatever moves the weights: `optimizer.step()`, or the backward
     pass with gradient release. It costs a pass over the rule's line, a copy of 65,536 numbers of
-    every parameter, and an all-reduce of nine numbers per parameter: watch one step in many.
+    every parameter, and an all-reduce of 137 numbers per parameter: watch one step in many. The
+    numbers are the first ones of 64 blocks, or of all where there are fewer; a block that ranks
+    share is sampled on each of them.
     """
 
     def __init__(self, optimizer: AMSF) -> None:
         """Watch this one, in training mode, its model wrapped."""
         self._optimizer = optimizer
-        self._before: dict[int, list[tuple[Tensor, ...]]] = {}
+        self._before: dict[int, list[tuple[Sample, tuple[Tensor, ...]]]] = {}
         self._totals: dict[str, _Totals] = {}
+        self._stale: dict[str, Tensor] = {}  # [live or stale, block] of every parameter
 
     @torch.no_grad()
     def before(self) -> None:
         """Remember a sample of the weights."""
         self._before = {
-            id(holding): [
-                tuple(stored.clone() for stored in _sample(holding, piece))
-                for piece in holding.layout.pieces
-            ]
+            id(holding): [_sampled(holding, piece) for piece in holding.layout.pieces]
             for holding in self._optimizer.holdings
         }
 
@@ -102,6 +115,7 @@ class StepWatch:
     def after(self) -> Figures:
         """What became of the step; the same on every rank, and every rank must call it."""
         self._totals = {part.name: _Totals() for part in self._optimizer.parts}
+        self._stale = {name: torch.zeros(2, MOST_BLOCKS).double() for name in self._totals}
         for lane in self._optimizer.lanes:
             told = lane.rule.told(lane.counters.values, lane.group)
             told["step"] = lane.counters.values["step"]
@@ -110,7 +124,7 @@ class StepWatch:
                 self._add(holding, own)
         self._before = {}
         numels = {part.name: math.prod(part.shape) for part in self._optimizer.parts}
-        everywhere = _over_ranks(self._totals)
+        everywhere = _over_ranks(self._totals, self._stale)
         self._totals = {name: one.once(numels[name]) for name, one in everywhere.items()}
         whole = [sum(numbers) for numbers in zip(*map(astuple, self._totals.values()), strict=True)]
         return _Totals(*whole).figures()
@@ -119,6 +133,11 @@ class StepWatch:
     def by_parameter(self) -> dict[str, Figures]:
         """The same for every parameter that anyone holds, after `after`."""
         return {name: one.figures() for name, one in self._totals.items() if one.numel}
+
+    @property
+    def stale_by_block(self) -> dict[str, StaleBlocks]:
+        """Of every parameter with a sampled number that has something to lose, after `after`."""
+        return {name: _spread(*counts) for name, counts in self._stale.items() if counts[0].any()}
 
     def _add(self, holding: Holding, told: dict[str, float]) -> None:
         before = self._before.get(id(holding))
@@ -139,11 +158,14 @@ class StepWatch:
                 square = sum(float(part.double().square().sum()) for part in here)
                 totals.square += (1.0 - beta1) ** 2 * square
             if before is not None:
-                live = _sampled(numbers, piece) != 0
-                now = zip(before[number], _sample(holding, piece), strict=True)
-                stays = torch.stack([a == b for a, b in now]).all(0)
-                totals.sampled += int(live.sum())
-                totals.stale += int((live & stays).sum())
+                sample, stored = before[number]
+                live = sample.of(numbers) != 0
+                now = map(sample.of, flat_tensors(holding.weight, piece))
+                stays = torch.stack([a == b for a, b in zip(stored, now, strict=True)]).all(0)
+                blocks = torch.stack([sample.per_block(live), sample.per_block(live & stays)]).cpu()
+                self._stale[piece.part.name] += blocks
+                totals.sampled += float(blocks[0].sum())
+                totals.stale += float(blocks[1].sum())
             clipped, clippable = _clipped(holding, piece, told["step"])
             totals.clipped += of_parameter * clipped
             totals.clippable += of_parameter * clippable
@@ -153,14 +175,15 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _sample(holding: Holding, piece: Piece) -> tuple[Tensor, ...]:
+def _sampled(holding: Holding, piece: Piece) -> tuple[Sample, tuple[Tensor, ...]]:
     """Numbers of the weight as it is stored: what forward sees, and the bits beside it."""
-    return tuple(_sampled(line, piece) for line in flat_tensors(holding.weight, piece))
+    sample = Sample(piece, holding.exp_avg_sq.device)
+    return sample, tuple(sample.of(line) for line in flat_tensors(holding.weight, piece))
 
 
-def _sampled(line: Tensor, piece: Piece) -> Tensor:
-    first = next(sections(piece), None)
-    return line[:0] if first is None else line[first.start : first.stop][:_SAMPLE]
+def _spread(live: Tensor, stale: Tensor) -> StaleBlocks:
+    shares = stale[live > 0] / live[live > 0]  # copies of a block on several ranks cancel out
+    return StaleBlocks(len(shares), float((shares == 1.0).double().mean()), float(shares.max()))
 
 
 def _clipped(holding: Holding, piece: Piece, step: float) -> tuple[float, float]:
@@ -183,12 +206,16 @@ def _clipped(holding: Holding, piece: Piece, step: float) -> tuple[float, float]
     return clipped / numel, 1.0
 
 
-def _over_ranks(totals: dict[str, _Totals]) -> dict[str, _Totals]:
+def _over_ranks(totals: dict[str, _Totals], stale: dict[str, Tensor]) -> dict[str, _Totals]:
+    """Add up over the ranks: totals are returned, counts of blocks changed in place."""
     if not dist.is_initialized() or not totals:
         return totals
     device = "cuda" if "nccl" in dist.get_backend() else "cpu"
     table = torch.tensor([astuple(one) for one in totals.values()], dtype=torch.float64)
-    table = table.to(device)
-    dist.all_reduce(table)
-    rows = table.tolist()
+    blocks = torch.stack([stale[name] for name in totals])
+    both = torch.cat([table, blocks.flatten(1)], dim=1).to(device)
+    dist.all_reduce(both)
+    both, numbers = both.cpu(), table.shape[1]
+    stale.update(zip(totals, both[:, numbers:].reshape(-1, 2, MOST_BLOCKS), strict=True))
+    rows = both[:, :numbers].tolist()
     return {name: _Totals(*row) for name, row in zip(totals, rows, strict=True)}

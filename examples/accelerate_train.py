@@ -30,6 +30,7 @@ def sequences(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per process and step")
     parser.add_argument("--output", help="folder for the model at x")
     args = parser.parse_args()
 
@@ -45,10 +46,11 @@ def main() -> None:
     accelerator = Accelerator()
     model = LlamaForCausalLM(config)
     optimizer = AMSF(model, lr=1e-2, warmup_steps=args.steps // 5, weight_decay=0.1)
+    count = args.steps * args.batch_size * accelerator.num_processes
     model, optimizer, train, held_out = accelerator.prepare(
         model,
         optimizer,
-        DataLoader(sequences(8 * args.steps * accelerator.num_processes, seed=1), batch_size=8),
+        DataLoader(sequences(count, seed=1), batch_size=args.batch_size),
         DataLoader(sequences(64, seed=2), batch_size=8),
     )
     for batch in train:
@@ -71,7 +73,8 @@ def main() -> None:
             save_function=accelerator.save,
             state_dict=accelerator.get_state_dict(model),
         )
-    accelerator.print(f"{accelerator.num_processes} processes, held-out loss {loss:.3f}")
+    kind, count = accelerator.distributed_type.value, accelerator.num_processes
+    accelerator.print(f"{count} processes ({kind}), held-out loss {loss:.6f}")
     accelerator.end_training()
 
 

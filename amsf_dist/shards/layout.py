@@ -96,7 +96,11 @@ class Span:
 
         The same number has the same place under every sharding.
         """
-        left = torch.arange(start - self.position, stop - self.position, device=device)
+        return self.places_of(torch.arange(start, stop, device=device))
+
+    def places_of(self, positions: Tensor) -> Tensor:
+        """[n] int64: the same of numbers anywhere in the box, by their positions in the line."""
+        left = positions - self.position
         places, stride = torch.zeros_like(left), 1
         merged = 1  # trailing dims that lie here whole are one dim
         for size, offset, length in zip(

@@ -31,6 +31,7 @@ from amsf_dist.train.config_file import load_config
 from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.launch import tell_of_failure
 from amsf_dist.train.machine import free_port
+from amsf_dist.train.preflight import check_output
 from amsf_dist.train.stopped import PROGRESS_FILE, progress
 
 __all__ = ["STOPPED", "main"]
@@ -78,13 +79,16 @@ def check(arguments: Any) -> None:
         arguments: torchrun's, parsed.
 
     Raises:
-        UserError: the config is wrong, the port is taken, or a number of nodes that may come makes
-            a number of processes that the batch cannot be shared out to.
+        UserError: the config is wrong, its output cannot be written, the port is taken, or a number
+            of nodes that may come makes a number of processes that the batch cannot be shared out
+            to.
     """
     processes = _processes_here(arguments)
     if arguments.training_script == "amsf_dist" and len(arguments.training_script_args) > 1:
-        _, path, *overrides = arguments.training_script_args
+        task, path, *overrides = arguments.training_script_args
         config = load_config(path, overrides)
+        if task == "train":  # every node writes there; workers would be started again and again
+            check_output(config)
         smallest, largest = parse_min_max_nnodes(arguments.nnodes)
         for nodes in range(smallest, largest + 1):
             try:

@@ -117,7 +117,7 @@ def train(run: Run, first_step: int) -> tuple[int, str | None]:
         if done == first_step + 1:
             run.report.memory(done, run.trainer.memory(), run.trainer.other_memory())
         if watch is not None and told is not None:
-            run.report.optimizer(done, told, watch.by_parameter)
+            run.report.optimizer(done, told, watch)
         if skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"step {done}: no finite gradient in {MAX_SKIPPED} steps; lower the learning rate, "

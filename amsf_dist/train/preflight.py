@@ -22,7 +22,7 @@ from amsf_dist.train.trackers import check_trackers
 from amsf_dist.train.zero.config import deepspeed_config
 from amsf_dist.train.zero.files import require_deepspeed
 
-__all__ = ["local_processes", "preflight", "quiet_libraries", "shapes_only"]
+__all__ = ["check_output", "local_processes", "preflight", "quiet_libraries", "shapes_only"]
 
 
 def preflight(config: Config, nproc: int) -> None:
@@ -52,7 +52,7 @@ def preflight(config: Config, nproc: int) -> None:
             check_amsf(run)
         if run.parallel == "deepspeed":
             deepspeed_config(run, nproc)
-        _check_output(run)
+        check_output(run)
     check_source(config.data)
     check_enough_text(config, load_tokenizer(config))
     for run in (config, *(config.for_optimizer(name) for name in config.compare)):
@@ -96,7 +96,12 @@ def quiet_libraries() -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
-def _check_output(config: Config) -> None:
+def check_output(config: Config) -> None:
+    """Look at `output_dir`, and at the run that it may hold.
+
+    Raises:
+        UserError: if it cannot be written to, or holds a run that this config cannot continue.
+    """
     directory = Path(config.output_dir)
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():

@@ -7,7 +7,6 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from amsf_dist.diagnostics import Figures
+from amsf_dist.diagnostics import Figures, StepWatch
 from amsf_dist.train.config import Config
 from amsf_dist.train.evaluation import Validation
 from amsf_dist.train.metrics import MetricsFile
@@ -49,7 +48,7 @@ class Report:
             return
         directory = Path(config.output_dir)
         self._metrics = MetricsFile(directory / "metrics.jsonl", done_steps)
-        self._trackers = open_trackers(config, directory)
+        self._trackers = open_trackers(config, directory, done_steps)
         if sys.stderr.isatty():
             # A terminal that does not know its size says 0, which tqdm takes for "show nothing".
             size_known = all(os.get_terminal_size(sys.stderr.fileno()))
@@ -118,19 +117,21 @@ class Report:
             f"validation {result.bits_per_byte:.4f} bits/byte (loss {result.loss:.4f})"
         )
 
-    def optimizer(self, done: int, total: Figures, by_parameter: Mapping[str, Figures]) -> None:
+    def optimizer(self, done: int, total: Figures, watch: StepWatch) -> None:
         """Tell how the optimizer's step went; see `amsf_dist.diagnostics`.
 
         Args:
             done: steps done.
             total: of all parameters.
-            by_parameter: of each; its stale share goes into the file.
+            watch: of the step; what was stale goes into the file, by parameter and by block.
         """
         if not self._speaks:
             return
         values = asdict(total)
-        stale = {name: figures.stale for name, figures in by_parameter.items()}
-        self._metrics.write("optimizer", done, **values, stale_by_parameter=stale)
+        stale = {name: figures.stale for name, figures in watch.by_parameter.items()}
+        blocks = {name: asdict(spread) for name, spread in watch.stale_by_block.items()}
+        more = {"stale_by_parameter": stale, "stale_by_block": blocks}
+        self._metrics.write("optimizer", done, **values, **more)
         self._track(done, {f"optimizer/{name}": value for name, value in values.items()})
 
     def memory(self, done: int, owners: dict[str, int], others: dict[str, dict[str, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,13 +40,18 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, directory: Path, config: Config) -> None:
+    def __init__(self, directory: Path, config: Config, done_steps: int) -> None:
         import wandb  # type: ignore[import-not-found]
 
-        # The same id for the same folder, so that a resumed run draws on.
+        # The id lies in the run's folder: a resumed run draws on, one that begins anew, or that has
+        # the same name on another machine, is a run of its own.
+        kept = directory / "wandb_id.txt"
+        if not done_steps or not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             dir=str(directory),
-            id=directory.as_posix().replace("/", "-").strip("-."),
+            id=kept.read_text(),
+            name=directory.as_posix(),
             resume="allow",
             config=config.model_dump(),
         )
@@ -104,13 +110,19 @@ def check_trackers(config: Config) -> None:
             )
 
 
-def open_trackers(config: Config, directory: Path) -> list[Tracker]:
-    """Return the trackers that the config asks for, besides metrics.jsonl."""
+def open_trackers(config: Config, directory: Path, done_steps: int = 0) -> list[Tracker]:
+    """Return the trackers that the config asks for, besides metrics.jsonl.
+
+    Args:
+        config: of the run.
+        directory: of the run; it exists.
+        done_steps: steps that a checkpoint holds already.
+    """
     trackers: list[Any] = []
     if config.log.tensorboard:
         trackers.append(_TensorBoard(directory))
     if config.log.wandb:
-        trackers.append(_Wandb(directory, config))
+        trackers.append(_Wandb(directory, config, done_steps))
     if config.log.prometheus_port is not None:
         trackers.append(_Prometheus(config.log.prometheus_host, config.log.prometheus_port))
     return trackers

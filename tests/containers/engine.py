@@ -174,6 +174,36 @@ def _mirror() -> str:
     return next(line.split()[1] for line in lines if line.startswith("deb http"))
 
 
+def compose(directory: Path) -> tuple[str, ...]:
+    """Fetch Compose v2, which bookworm lacks, from the release after it; nothing is installed.
+
+    Args:
+        directory: gets it, and what apt writes; apt checks the signature and the hash.
+
+    Returns:
+        `docker compose` as the first words of a command.
+    """
+    keys = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
+    sources, lists, plugins = (directory / name for name in ("sources", "lists", "cli-plugins"))
+    for folder in (lists / "partial", plugins):
+        folder.mkdir(parents=True)
+    sources.write_text(f"deb {keys} {_mirror()} trixie main\n")
+    settings = {
+        "Dir::Etc::SourceList": sources,
+        "Dir::Etc::SourceParts": "-",
+        "Dir::State::Lists": lists,
+        "Dir::Cache": directory,
+        "APT::Sandbox::User": "root",  # whom the tests' folder belongs to
+    }
+    given = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+    run("apt-get", "-q", *given, "update", "--error-on=any", seconds=120)
+    run("apt-get", "-q", *given, "download", "docker-compose", seconds=120, cwd=directory)
+    (package,) = directory.glob("docker-compose_*.deb")
+    run("dpkg", "--extract", package, directory / "root")
+    shutil.copy(directory / "root/usr/libexec/docker/cli-plugins/docker-compose", plugins)
+    return (DOCKER, "--config", str(directory), "compose")
+
+
 def build(name: str, directory: Path, cpu: bool) -> str:
     """Build docker/Dockerfile on the stand-in base; return the image's name.
 

@@ -140,6 +140,36 @@ def test_without_a_heartbeat_it_is_unhealthy(image: str, containers: list[str]) 
     until("healthy", lambda: inspect("amsf-idle", "{{.State.Health.Status}}") == "healthy", 30)
 
 
+def test_compose_starts_two_nodes_and_nothing_for_gpus(
+    image: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = own.compose(tmp_path / "compose")
+    words = [*JOB, *SMALL, "steps=4", "eval_every=4", "log.every=1"]
+    bridge = {"driver_opts": {"com.docker.network.bridge.name": "br-amsf1"}}
+    nodes = ("node0", "node1")
+    # NNODES: the file's 1:2 would let a node begin, and end, without one that is slow to start.
+    short = {"command": words, "environment": {"NNODES": "2"}}
+    over = {"services": dict.fromkeys(nodes, short), "networks": {"nodes": bridge}}
+    (tmp_path / "short.yaml").write_text(json.dumps(over))
+    project = (*tool, "-f", ROOT / "docker" / "compose.yaml")
+    two = (*project, "-f", tmp_path / "short.yaml", "--profile", "cpu")
+    monkeypatch.setenv("AMSF_CPU_IMAGE", image)
+    monkeypatch.setenv("AMSF_USER", "1234:1234")
+    assert set(run(*two, "config", "--services").split()) == set(nodes)
+    train = json.loads(run(*project, "--profile", "gpu", "config", "--format", "json"))["services"]
+    assert train.keys() == {"train"} and train["train"]["network_mode"] == "host"
+    assert train["train"]["volumes"][0]["source"] == "runs"  # a volume, unless told otherwise
+    monkeypatch.setenv("AMSF_RUNS", str(runs))
+    try:
+        said = run(*two, "up", seconds=200)
+        codes = {name: inspect(f"amsf-{name}-1", "{{.State.ExitCode}}") for name in nodes}
+    finally:
+        run(*two, "down", "--volumes", code=None)
+    assert codes == {"node0": "0", "node1": "0"}, said
+    assert "fsdp2 on 2 cpu processes" in said and list(losses(runs)) == [1, 2, 3, 4]
+    assert (runs / "job" / "model" / "model.safetensors").stat().st_uid == 1234
+
+
 def test_two_nodes_lose_one_and_take_it_back(image: str, runs: Path, containers: list[str]) -> None:
     bridge = ("--opt", "com.docker.network.bridge.name=br-amsf0")
     run(DOCKER, "network", "create", *bridge, "amsf-nodes")

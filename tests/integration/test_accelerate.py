@@ -220,5 +220,5 @@ def test_the_launcher_starts_processes_that_know_of_each_other(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     command, told = done.stdout.splitlines()[0], done.stdout.splitlines()[-1]
     assert command.startswith("+ env ACCELERATE_USE_CPU=true ")
-    assert told.startswith("2 processes, held-out loss ")
+    assert told.startswith("2 processes (MULTI_CPU), held-out loss ")
     assert (tmp_path / "model" / "model.safetensors").is_file()

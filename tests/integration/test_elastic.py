@@ -149,6 +149,14 @@ def test_nodes_that_do_not_come_are_one_line(
     assert says in line and "Traceback" not in alone.says(), alone.says()
 
 
+def test_an_output_that_cannot_be_written_is_said_once(nodes: list[Node], tmp_path: Path) -> None:
+    config, elastic = write_config(tmp_path, **JOB), {"NNODES": "1:2", "MASTER_PORT": free_port()}
+    alone = Node(tmp_path / "alone.log", config, "output_dir=/dev/null", NODE_RANK=0, **elastic)
+    nodes.append(alone)
+    assert alone.wait() == 2  # and no worker was started, ten times over
+    assert alone.says().count("amsf: ") == 1 and "/dev/null is a file" in alone.says()
+
+
 def test_preflight_on_two_nodes(nodes: list[Node], tmp_path: Path) -> None:
     config = write_config(tmp_path, **JOB)
     port = free_port()

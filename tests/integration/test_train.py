@@ -191,7 +191,9 @@ def test_the_optimizers_figures_are_those_of_one_process(
         assert list(alone) == [2, 4, 6]
         assert metrics(sharded / "run", "optimizer", figure) == pytest.approx(alone, rel=1e-3)
     stale = metrics(sharded / "run", "optimizer", "stale_by_parameter")[6]
-    assert "model.layers.1.mlp.up_proj.weight" in stale
+    blocks = metrics(sharded / "run", "optimizer", "stale_by_block")[6]
+    assert stale.keys() == blocks.keys() and "model.layers.1.mlp.up_proj.weight" in stale
+    assert blocks == metrics(single[0], "optimizer", "stale_by_block")[6]  # fp32: nothing is stale
     assert metrics(single[0], "memory", "owners").keys() == {1, 6}  # and after the last step
 
 

@@ -35,6 +35,7 @@ FLOORS = (
         "watch",
         "progress",
         "clipping",
+        "samples",
         "stepping",
         "modes",
         "upstream",
