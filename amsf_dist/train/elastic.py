@@ -33,6 +33,7 @@ from amsf_dist.train.launch import tell_of_failure
 from amsf_dist.train.machine import free_port
 from amsf_dist.train.preflight import check_output
 from amsf_dist.train.stopped import PROGRESS_FILE, progress
+from amsf_dist.train.text import check_source
 
 __all__ = ["STOPPED", "main"]
 
@@ -79,20 +80,22 @@ def check(arguments: Any) -> None:
         arguments: torchrun's, parsed.
 
     Raises:
-        UserError: the config is wrong, its output cannot be written, the port is taken, or a number
-            of nodes that may come makes a number of processes that the batch cannot be shared out
-            to.
+        UserError: the config is wrong, its text is not there, its output cannot be written, the
+            port is taken, or a number of nodes that may come makes a number of processes that the
+            batch, or the model, cannot be shared out to.
     """
     processes = _processes_here(arguments)
     if arguments.training_script == "amsf_dist" and len(arguments.training_script_args) > 1:
         task, path, *overrides = arguments.training_script_args
         config = load_config(path, overrides)
-        if task == "train":  # every node writes there; workers would be started again and again
+        if task == "train":  # every node needs these; workers would be started again and again
             check_output(config)
+            check_source(config.data)
         smallest, largest = parse_min_max_nnodes(arguments.nnodes)
         for nodes in range(smallest, largest + 1):
             try:
                 config.micro_batches(nodes * processes)
+                config.shards(nodes * processes)
             except ValueError as error:
                 told = f"{nodes} node{'s' if nodes > 1 else ''} of {processes} processes: {error}"
                 raise UserError(told if largest > 1 else str(error)) from None

@@ -149,12 +149,23 @@ def test_nodes_that_do_not_come_are_one_line(
     assert says in line and "Traceback" not in alone.says(), alone.says()
 
 
-def test_an_output_that_cannot_be_written_is_said_once(nodes: list[Node], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("output_dir=/dev/null", "/dev/null is a file"),
+        ("data.path=/no/text", "/no/text does not exist"),
+        ("shard_degree=2", "1 node of 1 processes: the number of processes (1) must be a multiple"),
+    ],
+    ids=["output", "text", "shards"],
+)
+def test_what_no_worker_could_do_is_said_once(
+    nodes: list[Node], tmp_path: Path, override: str, says: str
+) -> None:
     config, elastic = write_config(tmp_path, **JOB), {"NNODES": "1:2", "MASTER_PORT": free_port()}
-    alone = Node(tmp_path / "alone.log", config, "output_dir=/dev/null", NODE_RANK=0, **elastic)
+    alone = Node(tmp_path / "alone.log", config, override, NODE_RANK=0, **elastic)
     nodes.append(alone)
     assert alone.wait() == 2  # and no worker was started, ten times over
-    assert alone.says().count("amsf: ") == 1 and "/dev/null is a file" in alone.says()
+    assert alone.says().count("amsf: ") == 1 and says in alone.says()
 
 
 def test_preflight_on_two_nodes(nodes: list[Node], tmp_path: Path) -> None:
