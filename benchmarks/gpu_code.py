@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amsf_dist.kernels.triton import measure, move
+from amsf_dist.kernels.triton.tables import COLUMNS
 
 POINTERS = {
     **dict.fromkeys(("items", "pieces", "addresses"), "*i64"),
@@ -36,6 +37,7 @@ NUMBERS_PER_THREAD = 16
 TILE = {"TILES": 16, "GROUPS": 32}
 USUAL = {"RULE": "schedule_free", "DECAY_ALL": True, "CLIP_BLOCKS": False}
 STORAGES = [("plain", "fp32"), ("split8", "bf16"), ("stochastic", "bf16")]
+KINDS = [(True, False), (False, False), (False, True)]  # elements, blocks, rows and columns
 OTHERS = [("split16", "bf16"), ("kahan", "bf16"), ("split8", "fp16")]
 
 
@@ -81,7 +83,8 @@ def kernels() -> list[dict[str, Any]]:
     found = []
     for storage, form in STORAGES + OTHERS:
         for line in ("fp32", "bf16", "int8") if (storage, form) in STORAGES else ("int8",):
-            for blocks in ({"ELEMENT": True, "WHOLE": False}, {"ELEMENT": False, "WHOLE": True}):
+            for element, factored in KINDS if (storage, form) in STORAGES else KINDS[:2]:
+                blocks = {"ELEMENT": element, "FACTORED": factored, "WHOLE": not element}
                 what = {"STORAGE": storage, "FORMAT": form, "LINE": line, "GRADIENT": form}
                 options = {**USUAL, **TILE, **what, **blocks, "BY_BLOCK": False, "ALIGNED": True}
                 found.append(compiled(move.move, **options))
@@ -95,6 +98,9 @@ def kernels() -> list[dict[str, Any]]:
     for rows in (1, 8):
         shape = {"ROWS": rows, "COLUMNS": 2048 // rows}
         found.append(compiled(measure.measure, GRADIENT="bf16", ALIGNED=True, **shape))
+    columns = {"ROWS": 2048 // COLUMNS, "COLUMNS": COLUMNS}
+    found.append(compiled(measure.measure_columns, GRADIENT="bf16", ALIGNED=True, **columns))
+    found.append(compiled(measure.add_columns, COLUMNS=COLUMNS))
     found.append(compiled(measure.add_parts, NUMBERS=2048))
     blocks = {"CLIP_BLOCKS": False, "BY_BLOCK": True, "BLOCKS": 128}
     found.append(compiled(measure.advance_moments, warps=1, **blocks))
@@ -114,6 +120,7 @@ def main() -> None:
     for one in found:
         if one["kernel"] == "move" and one["ALIGNED"] and one["instructions"]:
             blocks = "elements" if one["ELEMENT"] else "whole groups of 64"
+            blocks = "rows and columns" if one["FACTORED"] else blocks
             per_number = one["instructions"] / NUMBERS_PER_THREAD
             weights = f"{one['STORAGE']} {one['FORMAT']}"
             print(f"| {weights} | {one['LINE']} | {blocks} | {per_number:.0f} |")

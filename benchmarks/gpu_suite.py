@@ -43,17 +43,29 @@ DEVICE, SMALL = torch.device(ARGS.device), ARGS.small
 GPU = DEVICE.type == "cuda"
 DIM, HIDDEN, VOCAB, LAYERS = (16, 48, 40, 1) if SMALL else (2048, 8192, 32000, 15)
 ROUNDS = 1 if SMALL else 20
-# setting -> (dtype, options, bytes per parameter that a step must move: the gradient is read twice)
+# setting -> (dtype, options, bytes per parameter that a step moves: the gradient is read twice, and
+# once more where factored)
 SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "fp32": (torch.float32, {}, 2 * 4 + 2 * 4 + 2 * 4),
     "5.06": (torch.bfloat16, {"state_storage": "bf16"}, 2 * 2 + 2 * 3 + 2 * 2),
     "4.06": (torch.bfloat16, {"state_storage": "int8"}, 2 * 2 + 2 * 3 + 2 * (1 + 2 / 64)),
+    "4.06, factored": (
+        torch.bfloat16,
+        {"state_storage": "int8", "blocks": "factored"},
+        3 * 2 + 2 * 3 + 2 * (1 + 2 / 64),
+    ),
     "3.06": (
         torch.bfloat16,
         {"state_storage": "int8", "weight_storage": "stochastic"},
         2 * 2 + 2 * 2 + 2 * (1 + 2 / 64),
     ),
 }
+BLOCKS = [
+    ("row", "schedule_free"),
+    ("element", "ema"),
+    ("tensor", "ema"),
+    ("factored", "schedule_free"),
+]
 ROWS: list[dict[str, Any]] = []
 
 
@@ -135,7 +147,7 @@ def check() -> None:
     ]
     for dtype, weight, line in cases[::11] if SMALL else cases:
         worst, differing, numel = 0.0, 0, 0
-        for blocks, averaging in [("row", "schedule_free"), ("element", "ema"), ("tensor", "ema")]:
+        for blocks, averaging in BLOCKS:
             options = {"blocks": blocks, "averaging": averaging}
             options.update(weight_storage=weight, state_storage=line)
             ours, theirs = (stepped(k, dtype, 2, **options) for k in ("triton", "reference"))

@@ -36,7 +36,7 @@ pytestmark = [
 SHAPES = ((10, 6), (7,), (3, 130), (2, 4, 40), (1,), (5, 320))
 WEIGHTS = ("native", "bf16+8", "bf16+16", "kahan", "stochastic")
 KERNELS = (measure.measure, measure.add_parts, measure.advance_moments, move.move)
-KERNELS += (move.measure_and_move,)
+KERNELS += (move.measure_and_move, measure.measure_columns, measure.add_columns)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,10 @@ CASES = [
         ]
     )
     for averaging, blocks in [
-        (("schedule_free", "ema")[index % 2], ("element", "row", "tensor")[index // 2 % 3]),
+        (
+            ("schedule_free", "ema")[index % 2],
+            ("element", "row", "tensor", "factored")[index // 2 % 4],
+        ),
     ]
 ]
 
@@ -144,7 +147,7 @@ def test_a_step_equals_the_reference(
 
 
 @pytest.mark.parametrize("averaging", ["schedule_free", "ema"])
-@pytest.mark.parametrize("blocks", ["auto", "element", "row", "tensor"])
+@pytest.mark.parametrize("blocks", ["auto", "element", "row", "tensor", "factored"])
 def test_every_rule_over_every_kind_of_block(
     averaging: str, blocks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +165,7 @@ def test_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "clip", [{"clip": "block"}, {"clip": "tensor"}, {"max_norm": 0.1}], ids=str
 )
-@pytest.mark.parametrize("blocks", ["element", "row"])
+@pytest.mark.parametrize("blocks", ["element", "row", "factored"])
 def test_clipping(clip: dict[str, Any], blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = trained("triton", monkeypatch, torch.float32, blocks=blocks, **clip)
     theirs, _ = trained("reference", monkeypatch, torch.float32, blocks=blocks, **clip)
@@ -172,7 +175,7 @@ def test_clipping(clip: dict[str, Any], blocks: str, monkeypatch: pytest.MonkeyP
     assert largest_difference(ours["weights"], theirs["weights"])[0] < 1e-6
 
 
-@pytest.mark.parametrize("blocks", ["element", "row", "tensor"])
+@pytest.mark.parametrize("blocks", ["element", "row", "tensor", "factored"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing(
     blocks: str, bad: float, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +206,7 @@ def spoil_some_blocks(model: nn.Module, step: int) -> None:
             param.grad.view(-1)[:: 7 + step][:5] = float("nan")
 
 
-@pytest.mark.parametrize("blocks", ["element", "row"])
+@pytest.mark.parametrize("blocks", ["element", "row", "factored"])
 @pytest.mark.parametrize("state", ["fp32", "int8"])
 def test_blocks_that_decide_for_themselves(
     blocks: str, state: str, monkeypatch: pytest.MonkeyPatch
@@ -263,14 +266,15 @@ def test_one_launch_steps_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(launches) == ["advance_moments", "measure", "move", "move"]
 
 
-def test_a_step_on_a_device_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks", ["auto", "factored"])
+def test_a_step_on_a_device_never_waits(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launches themselves are left out: the interpreter reads its arguments."""
     ran: list[int] = []
     for one in KERNELS:
         monkeypatch.setattr(one, "run", lambda *args, **kwargs: ran.append(1))
     monkeypatch.setenv(choice.AMSF_KERNEL, "triton")
     model = Some(torch.bfloat16)
-    optimizer = AMSF(model, max_norm=1.0, state_storage="int8")
+    optimizer = AMSF(model, max_norm=1.0, state_storage="int8", blocks=blocks)
     with a_device(monkeypatch):
         for step in range(3):
             give_gradients(model, step)

@@ -33,6 +33,9 @@ CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
     (2, 1, {"blocks": "row"}, ["TritonKernel"]),
     (2, 1, {"blocks": "row", "weight_storage": "stochastic"}, ["TritonKernel"]),  # few rows
     (2, 0, {"blocks": "row", "state_storage": "int8"}, ["Reference", "TritonKernel"]),
+    (2, 0, {"blocks": "factored", "clip": "block"}, ["TritonKernel"]),
+    (2, 1, {"blocks": "factored"}, ["Reference", "TritonKernel"]),  # parts of rows
+    (3, 0, {"blocks": "factored", "state_storage": "int8"}, ["Reference", "TritonKernel"]),
     (3, 0, {"blocks": "tensor", "state_storage": "int8"}, ["Reference", "TritonKernel"]),
 ]
 

@@ -84,7 +84,7 @@ def stretches(holding: Holding) -> list[list[Stretch]] | None:
 
     That is where memory lies in another order than the line (transposed weights), where rounding
     at random or groups meet a box of a matrix (`Shard(1)`), where a group lies here in part, and
-    where a matrix is measured by rows and columns.
+    where a factored matrix lies here in parts of rows.
     """
     weight, line = _weight_name(holding.weight_storage), _line_name(holding.lines[0].storage)
     flat = holding.memory(holding.param).dim() == 1
@@ -92,7 +92,7 @@ def stretches(holding: Holding) -> list[list[Stretch]] | None:
     groups = 0
     for piece in holding.layout.pieces:
         order = piece.part.blocks.order
-        if piece.boxes or piece.others or not (order is None or flat):
+        if piece.boxes or not (order is None or flat) or not _by_rows(piece):
             return None
         if any(run.block_numel >= _LARGEST_BLOCK for run in piece.runs):
             return None
@@ -121,6 +121,16 @@ def _in_line(piece: Piece, groups: int) -> Iterator[Stretch]:
                 if low < high:
                     yield Stretch(low, high - low, piece.place(low), run, groups)
                     groups += -(-(high - low) // GROUP)
+
+
+def _by_rows(piece: Piece) -> bool:
+    """Whether it lies here in whole rows, if it is factored."""
+    if not piece.others:
+        return True
+    length = piece.others[0].num_blocks
+    return length == piece.part.blocks.block_numel and all(
+        run.whole and run.block_numel == length for run in piece.runs
+    )
 
 
 def _whole_groups(piece: Piece, part: Stretch) -> bool:

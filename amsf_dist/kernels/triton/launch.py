@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels import factored
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.triton import measure as measuring
 from amsf_dist.kernels.triton import move as moving
 from amsf_dist.kernels.triton.fits import storages
-from amsf_dist.kernels.triton.tables import Programs, Tables
+from amsf_dist.kernels.triton.tables import COLUMNS, Programs, Tables
+from amsf_dist.rules.protocol import Coefficients
 
 __all__ = ["Launch", "Scalars", "TritonMoves"]
 
@@ -31,6 +33,7 @@ class Scalars(NamedTuple):
         verdict: 0-dim bool.
         by_block: whether every block decides for itself.
         clip_blocks: see `second_moment`.
+        rows: the rule's scalars of every parameter; empty where none is factored.
     """
 
     coefficients: Tensor
@@ -39,6 +42,7 @@ class Scalars(NamedTuple):
     verdict: Tensor
     by_block: bool
     clip_blocks: bool
+    rows: Sequence[Coefficients]
 
 
 @dataclass
@@ -79,6 +83,26 @@ class Launch:
                     tables.adds, NUMBERS=programs.columns, num_warps=programs.warps, **_OPTIONS
                 )
 
+            self._measure_columns()
+
+    def _measure_columns(self) -> None:
+        programs, tables = self.programs, self.tables
+        if tables.add_columns is None or tables.add_wholes is None:
+            return
+        options = {"COLUMNS": COLUMNS, "num_warps": programs.warps, **_OPTIONS}
+        for aligned, items in tables.columns.items():
+            measuring.measure_columns[(len(items),)](
+                items,
+                self.addresses,
+                GRADIENT=self.gradient,
+                ROWS=max(1, programs.columns // COLUMNS),
+                ALIGNED=aligned,
+                **options,
+            )
+        measuring.add_columns[(len(tables.add_columns),)](tables.add_columns, **options)
+        options = {"NUMBERS": programs.columns, "num_warps": programs.warps, **_OPTIONS}
+        measuring.add_parts[(len(tables.add_wholes),)](tables.add_wholes, **options)
+
     def advance(self, given: Scalars) -> Tensor:
         """Advance the moments of blocks; [blocks] fp32 factors of the gradient."""
         tables, programs = self.tables, self.programs
@@ -97,6 +121,15 @@ class Launch:
                     num_warps=max(1, programs.blocks // 128),
                     **_OPTIONS,
                 )
+        for one in tables.factored:  # short vectors, for which torch operations do
+            c = given.rows[one.holding.index]
+            rows, columns, moves = factored.scales_(
+                one.holding, one.piece, c, given.verdict, given.by_block
+            )
+            if given.by_block and moves is not None:
+                rows = torch.where(moves, rows, -1.0)
+            scales[one.rows : one.rows + len(rows)].copy_(rows)
+            scales[one.columns : one.columns + len(columns)].copy_(columns)
         return scales
 
     def move(self, given: Scalars, scales: Tensor) -> None:
@@ -105,13 +138,14 @@ class Launch:
         same = (tables.pieces, self.addresses, given.coefficients, given.factors, given.draws)
         options = self._options(given)
         with self.on_device():
-            for (element, whole, aligned), items in tables.moves.items():
+            for (element, by_column, whole, aligned), items in tables.moves.items():
                 moving.move[(len(items) * programs.tiles,)](
                     items,
                     *same,
                     given.verdict,
                     scales,
                     ELEMENT=element,
+                    FACTORED=by_column,
                     WHOLE=whole,
                     BY_BLOCK=given.by_block,
                     ALIGNED=aligned,

@@ -14,13 +14,17 @@ from amsf_dist.kernels.triton.memory import load_number
 
 __all__ = [
     "ADDRESS_FIELDS",
+    "COLUMN_FIELDS",
+    "COLUMN_PART_FIELDS",
     "MEASURE_FIELDS",
     "MOMENT_FIELDS",
     "PART_FIELDS",
     "PIECE_FIELDS",
+    "add_columns",
     "add_parts",
     "advance_moments",
     "measure",
+    "measure_columns",
 ]
 
 _FIELDS = tl.constexpr(FIELDS)
@@ -31,10 +35,15 @@ PART_FIELDS = 3
 """address of the first part, fp32; parts; address of the sum."""
 MOMENT_FIELDS = 5
 """piece; address of the first moment; of the first sum; first scale; blocks."""
-PIECE_FIELDS = 9
+COLUMN_FIELDS = 6
+"""piece; first number; numbers per row of the matrix; rows; columns; address of their sums."""
+COLUMN_PART_FIELDS = 5
+"""address of the first part, fp32; parts; numbers from one to the next; columns; address of their
+sums."""
+PIECE_FIELDS = 10
 """addresses of the error bits, of the line, of its scales, of the moments; numbers per block of the
 whole parameter; place in the lane; whether it is a matrix; families of the random numbers of the
-weight and of the line."""
+weight and of the line; where factored, the first column's place in `scales`."""
 ADDRESS_FIELDS = 2
 """of the weight; of the gradient."""
 
@@ -43,6 +52,8 @@ _PART = tl.constexpr(PART_FIELDS)
 _MOMENT = tl.constexpr(MOMENT_FIELDS)
 _PIECE = tl.constexpr(PIECE_FIELDS)
 _ADDRESS = tl.constexpr(ADDRESS_FIELDS)
+_COLUMN = tl.constexpr(COLUMN_FIELDS)
+_COLUMN_PART = tl.constexpr(COLUMN_PART_FIELDS)
 
 
 @triton.jit
@@ -80,6 +91,61 @@ def measure(
             total += g * g
         here = first + tl.arange(0, ROWS)
         tl.store(out + here, tl.sum(total, axis=1), mask=here < rows)
+
+
+@triton.jit
+def measure_columns(
+    items, addresses,
+    GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of grad**2 of some columns over some rows.
+
+    Args:
+        items: [programs, COLUMN_FIELDS] int64, of at most COLUMNS columns each.
+        addresses: see `measure`.
+        GRADIENT: see `measure`.
+        ROWS: that are read at once.
+        COLUMNS: that a program has.
+        ALIGNED: see `measure`.
+    """
+    item = items + tl.program_id(0) * _COLUMN
+    gradient = tl.load(addresses + tl.load(item) * _ADDRESS + 1)
+    start, numel = tl.load(item + 1), tl.load(item + 2).to(tl.int32)
+    rows, columns = tl.load(item + 3).to(tl.int32), tl.load(item + 4).to(tl.int32)
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+        numel = tl.multiple_of(numel, 16)
+        columns = tl.multiple_of(columns, 16)
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows, ROWS):
+        mask = (first + row < rows) & (column < columns)
+        at = start + ((first + row).to(tl.int64) * numel + column)
+        g = load_number(gradient, at, mask, GRADIENT, ALIGNED)
+        total += g * g
+    here = tl.arange(0, COLUMNS)
+    out = tl.load(item + 5).to(tl.pointer_type(tl.float32))
+    tl.store(out + here, tl.sum(total, axis=0), mask=here < columns)
+
+
+@triton.jit
+def add_columns(items, COLUMNS: tl.constexpr):
+    """Add up the parts of sums of columns, in order.
+
+    Args:
+        items: [programs, COLUMN_PART_FIELDS] int64.
+        COLUMNS: at most, per program.
+    """
+    item = items + tl.program_id(0) * _COLUMN_PART
+    parts = tl.load(item).to(tl.pointer_type(tl.float32))
+    count, stride = tl.load(item + 1).to(tl.int32), tl.load(item + 2)
+    here = tl.arange(0, COLUMNS)
+    mask = here < tl.load(item + 3)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for number in range(0, count):
+        total += tl.load(parts + number * stride + here, mask=mask, other=0.0)
+    tl.store(tl.load(item + 4).to(tl.pointer_type(tl.float32)) + here, total, mask=mask)
 
 
 @triton.jit

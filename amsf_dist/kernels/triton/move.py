@@ -52,13 +52,16 @@ def _scale_of(scales, block, before, block_numel, offsets, mask, TILE: tl.conste
 
 @triton.jit
 def _tile(
-    piece, address, coefficients, factors, steps, first_moment, scale, start, place, group,
-    offsets, groups, mask,
+    piece, address, coefficients, factors, steps, first_moment, scale, by_column, start, place,
+    group, offsets, groups, mask,
     RULE: tl.constexpr, ELEMENT: tl.constexpr, STORAGE: tl.constexpr, FORMAT: tl.constexpr,
     LINE: tl.constexpr, GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr,
     CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Move one tile: [groups, 64] numbers from `start` on."""
+    """Move one tile: [groups, 64] numbers from `start` on.
+
+    `scale`: factor of the gradient, negative where nothing moves; `by_column`: another one.
+    """
     row = tl.load(piece + 5)
     c = coefficients + row * _FIELDS
     weights, gradients = tl.load(address), tl.load(address + 1)
@@ -82,6 +85,7 @@ def _tile(
         tl.store(pointer + element, after, mask=stored)
     else:
         moves = scale >= 0
+        scale = scale * by_column
     decays = tl.load(piece + 6) != 0
     if DECAY_ALL:
         decays = decays | True
@@ -102,9 +106,10 @@ def _tile(
 @triton.jit
 def move(
     items, pieces, addresses, coefficients, factors, steps, verdict, scales,
-    RULE: tl.constexpr, ELEMENT: tl.constexpr, WHOLE: tl.constexpr, STORAGE: tl.constexpr,
-    FORMAT: tl.constexpr, LINE: tl.constexpr, GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr,
-    CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    RULE: tl.constexpr, ELEMENT: tl.constexpr, FACTORED: tl.constexpr, WHOLE: tl.constexpr,
+    STORAGE: tl.constexpr, FORMAT: tl.constexpr, LINE: tl.constexpr, GRADIENT: tl.constexpr,
+    DECAY_ALL: tl.constexpr, CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Move the weights and lines of some tiles.
@@ -120,6 +125,7 @@ def move(
         scales: of the blocks, from `advance_moments`.
         RULE: its name.
         ELEMENT: whether every element is a block.
+        FACTORED: whether columns have factors too, in `scales`.
         WHOLE: whether no block begins within 64 numbers that are moved together.
         STORAGE: of the weights, see memory.py.
         FORMAT: of the weights.
@@ -153,7 +159,7 @@ def move(
         block += skipped
         if ALIGNED:
             block = tl.multiple_of(block, 16)
-        scale = 0.0
+        scale, by_column = 0.0, 1.0
     else:
         block_numel = tl.load(item + 5).to(tl.int32)
         before = tl.load(item + 6).to(tl.int32) + skipped
@@ -161,10 +167,18 @@ def move(
         at, there = offsets, mask
         if WHOLE:  # one factor for each group
             at, there = groups * 64, groups * 64 < numel
-        scale = _scale_of(scales, block, before % block_numel, block_numel, at, there, GROUPS * 64)
+        inside = before % block_numel
+        scale = _scale_of(scales, block, inside, block_numel, at, there, GROUPS * 64)
+        by_column = 1.0
+        if FACTORED:
+            column = (inside + at) % block_numel
+            if WHOLE:
+                column += tl.arange(0, 64)[None, :]
+            columns = scales + tl.load(pieces + number * _PIECE + 9)
+            by_column = tl.load(columns + column, mask=mask, other=0.0)
     _tile(
         pieces + number * _PIECE, addresses + number * _ADDRESS, coefficients, factors, steps,
-        block, scale, start, place, group, offsets, groups, mask,
+        block, scale, by_column, start, place, group, offsets, groups, mask,
         RULE, ELEMENT, STORAGE, FORMAT, LINE, GRADIENT, DECAY_ALL, CLIP_BLOCKS, BY_BLOCK, ALIGNED,
     )  # fmt: skip
 
@@ -231,7 +245,7 @@ def measure_and_move(
         tl.store(moment, after)
         for begin in range(0, block_numel, GROUPS * 64):
             _tile(
-                piece, address, coefficients, factors, steps, 0, scale,
+                piece, address, coefficients, factors, steps, 0, scale, 1.0,
                 start + begin, place + begin, group + begin // 64,
                 offsets, groups, offsets < block_numel - begin,
                 RULE, False, STORAGE, FORMAT, LINE, GRADIENT, DECAY_ALL, CLIP_BLOCKS, False,
