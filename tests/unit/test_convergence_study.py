@@ -82,7 +82,7 @@ def test_the_forward_reads_the_bf16_weights_and_their_gradient_is_the_fp32_one_r
         assert torch.equal(there.grad.to(torch.bfloat16), here.grad)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "flash_adamw"])
+@pytest.mark.parametrize("name", [name for name in BUILDERS if "flash" not in name])
 def test_bytes_are_those_of_the_distinct_storages(working, name):
     if name in ("adam_mini", "adamw_schedule_free"):
         pytest.importorskip("adam_mini" if name == "adam_mini" else "schedulefree")
@@ -97,6 +97,18 @@ def test_bytes_are_those_of_the_distinct_storages(working, name):
     assert found["weights"] == 4 * trainee.numel
     lines = 2 if name in ("adamw", "adamw_schedule_free") else 1
     assert lines * 4.0 <= found["state"] / trainee.numel < lines * 4.0 + 0.1
+
+
+def test_bytes_of_flash_adamw_in_torch_operations(working):
+    trainee = Trainee(working, "bf16", 0)
+    options = {"lr": 1e-3, "betas": [0.9, 0.99], "warmup_steps": 5}
+    optimizer = BUILDERS["portable_flash_adamw"](trainee.owned, options, 0)
+    trainee.backward(torch.zeros(1, 9, dtype=torch.int64))
+    optimizer.step()
+    found = measured_bytes(list(trainee.owned.parameters()), optimizer)
+    assert found["weights"] == 2 * trainee.numel
+    # error bits and two moments in a byte each, a scale of two bytes for 32 numbers of a moment
+    assert 3.125 <= found["state"] / trainee.numel < 3.2
 
 
 def test_the_weights_to_evaluate_are_the_average_and_training_goes_on_from_where_it_was(working):
