@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from amsf_dist.kernels.triton import measure, move
-from amsf_dist.kernels.triton.tables import COLUMNS
+from amsf_dist.kernels.triton.columns import COLUMNS
 
 POINTERS = {
     **dict.fromkeys(("items", "pieces", "addresses"), "*i64"),

@@ -18,10 +18,16 @@ from amsf_dist.storage.kahan import Kahan
 from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic
 
-__all__ = ["FORMATS", "Stretch", "storages", "stretches"]
+__all__ = ["ALIGNED", "FORMATS", "FP32", "Stretch", "storages", "stretches"]
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """What memory.py calls a dtype."""
+
+ALIGNED = 16
+"""Numbers, and bytes of addresses: a thread then reads 16 bytes at once."""
+
+FP32 = 4
+"""Bytes."""
 
 _LARGEST_BLOCK = 2**30  # positions in a block are counted in 32 bits
 _MANY = 16  # stretches of one piece: more would be a table of tiny tiles

@@ -13,8 +13,9 @@ from amsf_dist.kernels import factored
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.triton import measure as measuring
 from amsf_dist.kernels.triton import move as moving
+from amsf_dist.kernels.triton.columns import COLUMNS
 from amsf_dist.kernels.triton.fits import storages
-from amsf_dist.kernels.triton.tables import COLUMNS, Programs, Tables
+from amsf_dist.kernels.triton.tables import Programs, Tables
 from amsf_dist.rules.protocol import Coefficients
 
 __all__ = ["Launch", "Scalars", "TritonMoves"]
@@ -86,11 +87,11 @@ class Launch:
             self._measure_columns()
 
     def _measure_columns(self) -> None:
-        programs, tables = self.programs, self.tables
-        if tables.add_columns is None or tables.add_wholes is None:
+        programs, tables = self.programs, self.tables.columns
+        if tables.adds is None or tables.wholes is None:
             return
         options = {"COLUMNS": COLUMNS, "num_warps": programs.warps, **_OPTIONS}
-        for aligned, items in tables.columns.items():
+        for aligned, items in tables.measures.items():
             measuring.measure_columns[(len(items),)](
                 items,
                 self.addresses,
@@ -99,9 +100,9 @@ class Launch:
                 ALIGNED=aligned,
                 **options,
             )
-        measuring.add_columns[(len(tables.add_columns),)](tables.add_columns, **options)
+        measuring.add_columns[(len(tables.adds),)](tables.adds, **options)
         options = {"NUMBERS": programs.columns, "num_warps": programs.warps, **_OPTIONS}
-        measuring.add_parts[(len(tables.add_wholes),)](tables.add_wholes, **options)
+        measuring.add_parts[(len(tables.wholes),)](tables.wholes, **options)
 
     def advance(self, given: Scalars) -> Tensor:
         """Advance the moments of blocks; [blocks] fp32 factors of the gradient."""
@@ -121,7 +122,7 @@ class Launch:
                     num_warps=max(1, programs.blocks // 128),
                     **_OPTIONS,
                 )
-        for one in tables.factored:  # short vectors, for which torch operations do
+        for one in tables.columns.factored:  # short vectors, for which torch operations do
             c = given.rows[one.holding.index]
             rows, columns, moves = factored.scales_(
                 one.holding, one.piece, c, given.verdict, given.by_block

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from amsf_dist.kernels.holding import WEIGHT, Holding
-from amsf_dist.kernels.triton.fits import Stretch
+from amsf_dist.kernels.triton.columns import Columns, ColumnTables
+from amsf_dist.kernels.triton.fits import ALIGNED, FP32, Stretch
 from amsf_dist.shards import Piece
 from amsf_dist.storage.grouped import GROUP
 from amsf_dist.storage.noise import family_of, stream_of
 
-__all__ = ["COLUMNS", "Factored", "Programs", "Tables", "build"]
+__all__ = ["Programs", "Tables", "build"]
 
-_ALIGNED = 16  # numbers, and bytes of addresses: a thread then reads 16 bytes at once
-_FP32 = 4  # bytes
 _WORD = 4  # numbers that share a random word
 
 
@@ -52,25 +50,6 @@ class Programs:
 _MeasureClass = tuple[int, int, bool]
 _MoveClass = tuple[bool, bool, bool, bool]
 
-COLUMNS = 128
-"""Of a factored matrix, that one program sums."""
-
-
-class Factored(NamedTuple):
-    """A piece of rows and columns.
-
-    Attributes:
-        holding: the tensor.
-        piece: of it.
-        rows: place in `scales` of the first row's factor.
-        columns: of the first column's.
-    """
-
-    holding: Holding
-    piece: Piece
-    rows: int
-    columns: int
-
 
 @dataclass
 class Tables:
@@ -81,12 +60,9 @@ class Tables:
         num_scales: blocks in all of them, element blocks not counted.
         measures: (rows, columns, aligned) -> items of `measure`.
         adds: items of `add_parts`; None: every sum is formed by one program.
-        parts: fp32, what those add, and sums of columns over some rows.
+        parts: fp32, what those add.
         moments: items of `advance_moments`; None: every element is a block.
-        columns: aligned -> items of `measure_columns`.
-        add_columns: items of that kernel; None: nothing is factored.
-        add_wholes: items of `add_parts`, which come after those.
-        factored: what is.
+        columns: of factored matrices.
         moves: (every element is a block, factored, blocks of whole groups, aligned) -> items of
             `move`.
         fused: aligned -> items of `measure_and_move`; what they step is in no other table.
@@ -96,12 +72,9 @@ class Tables:
     num_scales: int
     measures: dict[_MeasureClass, Tensor]
     adds: Tensor | None
-    parts: list[Tensor]
+    parts: Tensor
     moments: Tensor | None
-    columns: dict[bool, Tensor]
-    add_columns: Tensor | None
-    add_wholes: Tensor | None
-    factored: list[Factored]
+    columns: ColumnTables
     moves: dict[_MoveClass, Tensor]
     fused: dict[bool, Tensor]
 
@@ -114,12 +87,7 @@ class _Rows:
     num_scales: int = 0
     measures: dict[_MeasureClass, list[list[int]]] = field(default_factory=dict)
     moments: list[list[int]] = field(default_factory=list)
-    columns: dict[bool, list[list[int]]] = field(default_factory=dict)
-    add_columns: list[list[int]] = field(default_factory=list)
-    add_wholes: list[list[int]] = field(default_factory=list)
-    factored: list[Factored] = field(default_factory=list)
-    # by piece: numbers of scratch, and what has a place in it
-    by_column: list[tuple[int, list[list[int]], list[list[int]]]] = field(default_factory=list)
+    columns: Columns = field(default_factory=Columns)
     moves: dict[_MoveClass, list[list[int]]] = field(default_factory=dict)
     fused: dict[bool, list[list[int]]] = field(default_factory=dict)
     # address of a sum -> items that form it: such as have one row, which may be a part of a block
@@ -145,7 +113,7 @@ def build(
     rows = _Rows()
     for holding, pieces, given in zip(holdings, found, aligned, strict=True):
         state = [*holding.errors, *holding.lines[0].by_number, holding.exp_avg_sq]
-        fine = given and all(tensor.data_ptr() % _ALIGNED == 0 for tensor in state)
+        fine = given and all(tensor.data_ptr() % ALIGNED == 0 for tensor in state)
         for piece, here in zip(holding.layout.pieces, pieces, strict=True):
             if fuses and _fits(holding, piece, here, programs):
                 _add_fused(rows, holding, piece, here, fine, programs)
@@ -153,18 +121,14 @@ def build(
                 _add(rows, holding, piece, here, fine, programs)
     device = holdings[0].exp_avg_sq.device
     parts, adds = _add_parts(rows, device)
-    by_column = _add_columns(rows, device)
     return Tables(
         pieces=_table(rows.pieces, device),
         num_scales=rows.num_scales,
         measures={key: _table(items, device) for key, items in rows.measures.items()},
         adds=_table(adds, device) if adds else None,
-        parts=[parts, by_column],
+        parts=parts,
         moments=_table(rows.moments, device) if rows.moments else None,
-        columns={key: _table(items, device) for key, items in rows.columns.items()},
-        add_columns=_table(rows.add_columns, device) if rows.add_columns else None,
-        add_wholes=_table(rows.add_wholes, device) if rows.add_wholes else None,
-        factored=rows.factored,
+        columns=rows.columns.tables(device),
         moves={key: _table(items, device) for key, items in rows.moves.items()},
         fused={key: _table(items, device) for key, items in rows.fused.items()},
     )
@@ -181,12 +145,12 @@ def _add(
     """Add a piece to the tables; `fine`: all of its addresses are aligned."""
     number, element = len(rows.pieces), piece.part.elementwise
     rows.pieces.append(_piece_row(holding, piece))
-    sums = holding.sums.data_ptr() + _FP32 * piece.first_sum
+    sums = holding.sums.data_ptr() + FP32 * piece.first_sum
     for start, numel, count, first in _measured(piece, programs):
         row = 1 << max(0, numel - 1).bit_length()
         together = max(1, programs.columns // row) if count > 1 else 1
-        ok = fine and start % _ALIGNED == 0 and numel % _ALIGNED == 0
-        item = [number, start, numel, count, sums + _FP32 * first]
+        ok = fine and start % ALIGNED == 0 and numel % ALIGNED == 0
+        item = [number, start, numel, count, sums + FP32 * first]
         key = (together, programs.columns // together, ok)
         rows.measures.setdefault(key, []).append(item)
         if count == 1:
@@ -194,52 +158,23 @@ def _add(
     size = programs.groups * GROUP * programs.tiles
     for stretch in here:
         for move in _moved(number, piece, stretch, rows.num_scales, size):
-            ok = fine and move[1] % _ALIGNED == 0 and move[2] % _ALIGNED == 0
-            ok = ok and move[3] % _WORD == 0 and (not element or move[4] % _ALIGNED == 0)
+            ok = fine and move[1] % ALIGNED == 0 and move[2] % ALIGNED == 0
+            ok = ok and move[3] % _WORD == 0 and (not element or move[4] % ALIGNED == 0)
             whole = not element and move[5] % GROUP == 0 and move[6] % GROUP == 0
             rows.moves.setdefault((element, bool(piece.others), whole, ok), []).append(move)
     if piece.others:
-        _add_factored(rows, holding, piece, fine, programs)
+        strip = max(1, programs.item // GROUP)
+        rows.columns.add(holding, piece, number, rows.num_scales, strip, fine)
+        rows.pieces[number][-1] = rows.num_scales + piece.num_blocks
+        rows.num_scales += piece.num_blocks + piece.others[0].num_blocks
     elif not element:
-        moments = holding.exp_avg_sq.data_ptr() + _FP32 * piece.first_block
+        moments = holding.exp_avg_sq.data_ptr() + FP32 * piece.first_block
         for at in range(0, piece.num_blocks, programs.blocks):
-            count, skipped = min(programs.blocks, piece.num_blocks - at), _FP32 * at
+            count, skipped = min(programs.blocks, piece.num_blocks - at), FP32 * at
             rows.moments.append(
                 [number, moments + skipped, sums + skipped, rows.num_scales + at, count]
             )
         rows.num_scales += piece.num_blocks
-
-
-def _add_factored(
-    rows: _Rows, holding: Holding, piece: Piece, fine: bool, programs: Programs
-) -> None:
-    """How the columns are measured, and where their factors will be."""
-    number, (columns, whole) = len(rows.pieces) - 1, piece.others
-    first, length = rows.num_scales, columns.num_blocks
-    rows.pieces[number][-1] = first + piece.num_blocks
-    rows.factored.append(Factored(holding, piece, first, first + piece.num_blocks))
-    rows.num_scales += piece.num_blocks + length
-    numel = max(1, programs.item // GROUP) * length
-    strips = [
-        (run.offset + at, min(numel, run.numel - at) // length)
-        for run in piece.runs
-        for at in range(0, run.numel, numel)
-    ]
-    if not strips:
-        return
-    sums = holding.partitions[1].sums.data_ptr() + _FP32 * columns.first_sum
-    items, adds = [], []
-    for at in range(0, length, COLUMNS):
-        count = min(COLUMNS, length - at)
-        adds.append([at, len(strips), length, count, sums + _FP32 * at])
-        for strip, (start, num_rows) in enumerate(strips):
-            ok = fine and start % _ALIGNED == 0 and length % _ALIGNED == 0
-            items.append([number, start + at, length, num_rows, count, strip * length + at])
-            rows.columns.setdefault(ok, []).append(items[-1])
-    rows.add_columns += adds
-    rows.by_column.append((len(strips) * length, items, adds))
-    total = holding.partitions[2].sums.data_ptr() + _FP32 * whole.first_sum
-    rows.add_wholes.append([sums, length, total])
 
 
 def _fits(holding: Holding, piece: Piece, here: Sequence[Stretch], programs: Programs) -> bool:
@@ -264,12 +199,12 @@ def _add_fused(
 ) -> None:
     number, block_numel = len(rows.pieces), piece.part.blocks.block_numel
     rows.pieces.append(_piece_row(holding, piece))
-    sums = holding.sums.data_ptr() + _FP32 * piece.first_sum
+    sums = holding.sums.data_ptr() + FP32 * piece.first_sum
     for stretch in here:
         for item in _moved(number, piece, stretch, 0, block_numel * programs.tiles):
-            item[6] = sums + _FP32 * item[4]
+            item[6] = sums + FP32 * item[4]
             item[4] += piece.first_block
-            ok = fine and item[1] % _ALIGNED == 0 and block_numel % _ALIGNED == 0
+            ok = fine and item[1] % ALIGNED == 0 and block_numel % ALIGNED == 0
             ok = ok and item[3] % _WORD == 0
             rows.fused.setdefault(ok, []).append(item)
 
@@ -349,21 +284,8 @@ def _add_parts(rows: _Rows, device: torch.device) -> tuple[Tensor, list[list[int
         adds.append([at, len(items), address])
         for item in items:
             item[-1] = at
-            at += _FP32
+            at += FP32
     return parts, adds
-
-
-def _add_columns(rows: _Rows, device: torch.device) -> Tensor:
-    """Scratch for the sums of columns over some rows; places in it become addresses."""
-    parts = torch.zeros(sum(numel for numel, _, _ in rows.by_column), device=device)
-    at = parts.data_ptr()
-    for numel, items, adds in rows.by_column:
-        for item in items:
-            item[-1] = at + _FP32 * item[-1]
-        for add in adds:
-            add[0] = at + _FP32 * add[0]
-        at += _FP32 * numel
-    return parts
 
 
 def _table(rows: list[list[int]], device: torch.device) -> Tensor:
