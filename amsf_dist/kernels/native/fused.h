@@ -1,9 +1,10 @@
 // The usual settings in one loop, without stages through arrays: Schedule-Free, a factor per block,
-// and one per column where factored, gradients of the weights' dtype, gaps in int8 or bf16. The same arithmetic as in move.h and
-// storages.h, to the bit.
+// and one per column where factored, gradients of the weights' dtype, gaps in int8 or bf16. The
+// same arithmetic as in move.h and storages.h, to the bit.
 //
-// What is rare goes back to the stages: a batch that is not whole or whose groups are cut by blocks,
-// a NaN in the stored gap, a new gap that is not finite. So the loops here have no branches.
+// What is rare goes back to the stages: a batch that is not whole, whose groups are cut by blocks,
+// or that begins within four numbers that share a random word; a NaN in the stored gap; a new gap
+// that is not finite. So the loops here have no branches.
 #pragma once
 
 #include "gaps.h"

@@ -86,8 +86,11 @@ class Table:
         table["gradient_format"] = self._spread_formats(alive)
         table["sums"] += self._spread([holding.sums for holding in self.holdings])
         for i, holding in enumerate(self.holdings):
+            straight = self._known[i].flat and alive[i].is_contiguous()
+            if straight and len(holding.partitions) == 1:
+                continue
             rows, pieces = table[self._span[i]], holding.layout.pieces
-            if not (self._known[i].flat and alive[i].is_contiguous()):
+            if not straight:
                 lines = [flat_line(alive[i], piece) for piece in pieces]
                 alive += lines
                 rows["gradient"] = [line.data_ptr() for line in lines]
