@@ -3,100 +3,9 @@
 
 #include <vector>
 
-#include "tensors.h"
+#include "squares.h"
 
 namespace amsf {
-
-typedef float Lanes __attribute__((vector_size(64)));
-constexpr int WIDTH = 16;
-constexpr int64_t FLUSH = 4096;  // numbers whose squares are added in fp32 before fp64 takes over
-
-// [from, from + 16) as fp32, of fp32 and bf16: what fp16 takes is no single instruction.
-template <Format F> inline Lanes widened(const void* numbers, int64_t from);
-template <> inline Lanes widened<FP32>(const void* numbers, int64_t from) {
-  Lanes x;
-  std::memcpy(&x, static_cast<const float*>(numbers) + from, sizeof x);
-  return x;
-}
-template <> inline Lanes widened<BF16>(const void* numbers, int64_t from) {
-  alignas(64) float x[WIDTH];
-  load_16<BF16>(static_cast<const uint16_t*>(numbers) + from, WIDTH, x);
-  return widened<FP32>(x, 0);
-}
-
-template <Format F> inline float single(const void* numbers, int64_t i) {
-  return F == FP32 ? static_cast<const float*>(numbers)[i]
-                   : widen<BF16>(static_cast<const uint16_t*>(numbers)[i]);
-}
-
-// Where factored (COLUMNS), added to the sums of the columns as well.
-template <Format F, bool COLUMNS>
-inline Lanes square(const void* numbers, int64_t from, float* columns) {
-  const Lanes x = widened<F>(numbers, from), squared = x * x;
-  if (COLUMNS) {
-    Lanes sums;
-    std::memcpy(&sums, columns, sizeof sums);
-    sums += squared;
-    std::memcpy(columns, &sums, sizeof sums);
-  }
-  return squared;
-}
-
-// Added in 64 lanes, always the same ones for the same place in [at, at + n): no thread count, and
-// no instruction set, changes a sum.
-template <Format F, bool COLUMNS>
-inline double squares_of(const void* numbers, int64_t at, int64_t n, float* __restrict sums) {
-  constexpr int64_t SIZE = F == FP32 ? 4 : 2;
-  constexpr int64_t AHEAD = F == FP32 ? 1024 : 8192;  // bytes, of a prefetch: found by trial
-  const auto columns = [=](int64_t i) { return COLUMNS ? sums + (i - at) : nullptr; };
-  double total = 0.0;
-  for (int64_t from = at; from < at + n; from += FLUSH) {
-    const int64_t stop = at + n - from < FLUSH ? at + n : from + FLUSH;
-    Lanes a = {}, b = {}, c = {}, d = {};  // not an array: that would live in memory
-    int64_t i = from;
-    for (; i + 4 * WIDTH <= stop; i += 4 * WIDTH) {
-      a += square<F, COLUMNS>(numbers, i, columns(i));
-      b += square<F, COLUMNS>(numbers, i + WIDTH, columns(i + WIDTH));
-      c += square<F, COLUMNS>(numbers, i + 2 * WIDTH, columns(i + 2 * WIDTH));
-      d += square<F, COLUMNS>(numbers, i + 3 * WIDTH, columns(i + 3 * WIDTH));
-      fetch(static_cast<const char*>(numbers) + i * SIZE + AHEAD, 4 * WIDTH * SIZE);
-    }
-    for (; i + WIDTH <= stop; i += WIDTH) a += square<F, COLUMNS>(numbers, i, columns(i));
-    float rest = 0.0f;
-    for (; i < stop; ++i) {
-      const float squared = single<F>(numbers, i) * single<F>(numbers, i);
-      if (COLUMNS) *columns(i) += squared;
-      rest += squared;
-    }
-    const Lanes all = (a + b) + (c + d);
-    float lanes[WIDTH];
-    std::memcpy(lanes, &all, sizeof all);
-    for (int half = WIDTH / 2; half; half /= 2)
-      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    total += static_cast<double>(lanes[0] + rest);
-  }
-  return total;
-}
-
-template <Format F>
-inline double squares_in(const void* numbers, int64_t at, int64_t n, float* columns) {
-  return columns ? squares_of<F, true>(numbers, at, n, columns)
-                 : squares_of<F, false>(numbers, at, n, nullptr);
-}
-
-// Sum of n squares; each is added to its column as well, if there are any.
-inline double squares_at(const Piece& piece, int64_t at, int64_t n, float* columns) {
-  if (piece.gradient_format == FP32) return squares_in<FP32>(piece.gradient, at, n, columns);
-  if (piece.gradient_format == BF16) return squares_in<BF16>(piece.gradient, at, n, columns);
-  alignas(64) float numbers[FLUSH];
-  double total = 0.0;
-  for (int64_t from = 0; from < n; from += FLUSH) {
-    const int part = static_cast<int>(n - from < FLUSH ? n - from : FLUSH);
-    load_plain(FP16, piece.gradient, at + from, part, numbers);
-    total += squares_in<FP32>(numbers, 0, part, columns ? columns + from : nullptr);
-  }
-  return total;
-}
 
 // Tiles that are measured together: their sums of columns share a row of the scratch.
 struct Strip {
@@ -104,26 +13,67 @@ struct Strip {
   int64_t first, stop;     // tiles
   int64_t columns = 0, scratch = 0;
   double sum = 0.0;        // of the one block, where a tile has no more
+
+  // Elements' own sums are their squares: one tells whether all are finite.
+  int64_t num_sums(const Tile& tile) const { return piece->elementwise ? 1 : tile.num_blocks; }
+  void add(const Tile& tile, int64_t block, double squares) {
+    if (num_sums(tile) > 1)
+      piece->sums[tile.first_block + block] += static_cast<float>(squares);
+    else
+      sum += squares;  // other tiles may have other parts of the block
+  }
 };
+
+// Blocks of a tile one after another, each with its columns if there are any.
+template <Format F> inline void measure_rows(Strip& strip, const Tile& tile, float* columns) {
+  const Piece& piece = *strip.piece;
+  const int64_t num_sums = strip.num_sums(tile), numel = (tile.stop - tile.start) / num_sums;
+  for (int64_t b = 0; b < num_sums; ++b) {
+    const int64_t at = tile.start + b * numel;
+    double sum = 0.0;
+    if constexpr (F != FP16) {
+      sum = squares_of<F>(piece.gradient, at, numel, columns);
+    } else {
+      alignas(64) float widened[FLUSH];
+      for (int64_t from = 0; from < numel; from += FLUSH) {
+        const int part = static_cast<int>(numel - from < FLUSH ? numel - from : FLUSH);
+        load_plain(FP16, piece.gradient, at + from, part, widened);
+        sum += squares_of<FP32>(widened, 0, part, columns ? columns + from : nullptr);
+      }
+    }
+    strip.add(tile, b, sum);
+  }
+}
+
+// Blocks of a tile, four runs of its numbers at a time.
+template <Format F> inline void measure_runs(Strip& strip, const Tile& tile) {
+  const int64_t num_sums = strip.num_sums(tile), numel = (tile.stop - tile.start) / num_sums;
+  const int64_t each = (numel + FLUSH - 1) / FLUSH;
+  std::vector<Run> runs;
+  runs.reserve(each * num_sums);
+  for (int64_t at = tile.start; at < tile.stop; at += numel)
+    for (int64_t from = at; from < at + numel; from += FLUSH)
+      runs.push_back({from, at + numel - from < FLUSH ? at + numel : from + FLUSH});
+  std::vector<double> totals(runs.size());
+  squares_of_runs<F>(strip.piece->gradient, runs, totals.data());
+  for (int64_t b = 0; b < num_sums; ++b) {
+    double sum = 0.0;
+    for (int64_t k = b * each; k < (b + 1) * each; ++k) sum += totals[k];
+    strip.add(tile, b, sum);
+  }
+}
 
 inline void measure_strip(Strip& strip, float* scratch) {
   const Piece& piece = *strip.piece;
+  float* columns = strip.columns ? scratch + strip.scratch : nullptr;
   for (int64_t t = strip.first; t < strip.stop; ++t) {
     const Tile& tile = piece.tiles[t];
-    if (piece.elementwise) {
-      strip.sum = squares_at(piece, tile.start, tile.stop - tile.start, nullptr);
-      return;
-    }
-    const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
-    for (int64_t b = 0; b < tile.num_blocks; ++b) {
-      const int64_t at = tile.start + b * numel;
-      const double sum =
-          squares_at(piece, at, numel, strip.columns ? scratch + strip.scratch : nullptr);
-      if (tile.num_blocks > 1)
-        piece.sums[tile.first_block + b] += static_cast<float>(sum);
-      else
-        strip.sum = sum;  // other tiles may have other parts of the block
-    }
+    if (piece.gradient_format == FP16)
+      measure_rows<FP16>(strip, tile, columns);
+    else if (piece.gradient_format == FP32)
+      columns ? measure_rows<FP32>(strip, tile, columns) : measure_runs<FP32>(strip, tile);
+    else
+      columns ? measure_rows<BF16>(strip, tile, columns) : measure_runs<BF16>(strip, tile);
   }
 }
 
