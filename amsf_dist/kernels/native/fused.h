@@ -46,11 +46,12 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const Factors& facto
                decay = all(p.e);
   alignas(64) float gaps[BATCH];
   float units[GROUPS] = {};
-  const typename Line::Constants constants;
+  const typename Weight::Constants for_weights;
   Line::find_units(p, group, units);
   Ints tops[GROUPS];
   for (int g = 0; g < GROUPS; ++g) {
-    const Floats scale = all(factors.blocks[g]), unit = all(units[g]);
+    const Floats scale = all(factors.blocks[g]);
+    const typename Line::Units unit(units[g]);
     const int64_t from = at + g * GROUP;
     // a little in every turn: a processor waits when it is asked for more than it can look for
     fetch_group<Weight::SIZE>(p.gradient, from);
@@ -79,24 +80,26 @@ bool fused_batch(const Piece& p, int64_t at, int64_t group, const Factors& facto
       moved(k, weight.even, gradient.even, gap.even, factor.even);
       moved(k + 1, weight.odd, gradient.odd, gap.odd, factor.odd);
     }
-    Weight::store(p, from, weights, draws.weight, draws.place + g * GROUP, constants.drawn);
+    Weight::store(p, from, weights, draws.weight, draws.place + g * GROUP, for_weights);
     tops[g] = top;
   }
   // apart, so that the way from the largest number to the scale is not waited for
-  alignas(16) int32_t largest_here[GROUPS];
   const __m128i together = largest(tops);
-  stored(together, largest_here);
   const auto scales = Line::scales_of(p, group, together);
+  const typename Line::Constants for_lines;
   for (int g = 0; g < GROUPS; ++g) {
-    const float* values = gaps + g * GROUP;
-    const int64_t place = draws.place + g * GROUP;
     fetch_group<Weight::SIZE>(p.weight, at + g * GROUP);
     fetch_group<Line::SIZE>(p.line, at + g * GROUP);
-    if (__builtin_expect(largest_here[g] <= Line::STORABLE, 1))
-      Line::store(p, at + g * GROUP, scales, g, values, word_at(draws.line, place), constants);
-    else
-      store_rare<Line>(p, at + g * GROUP, group + g, values, draws.line, place);
+    const uint64_t word = word_at(draws.line, draws.place + g * GROUP);
+    Line::store(p, at + g * GROUP, scales, g, gaps + g * GROUP, word, for_lines);
   }
+  // no call in the loop: constants would leave their registers for it
+  const unsigned rare = _mm_cmpgt_epi32_mask(together, _mm_set1_epi32(Line::STORABLE));
+  if (__builtin_expect(rare, 0))
+    for (int g = 0; g < GROUPS; ++g)
+      if (rare >> g & 1)
+        store_rare<Line>(p, at + g * GROUP, group + g, gaps + g * GROUP, draws.line,
+                         draws.place + g * GROUP);
   return true;
 }
 

@@ -22,15 +22,24 @@ template <> struct Gap<LINE_INT8> {
       found |= _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(codes(p, at + i)), nan);
     return !found;
   }
-  // Codes are decoded 16 bits further up; no scale is so small that this would round.
   static void find_units(const Piece& p, int64_t group, float (&units)[GROUPS]) {
     for (int g = 0; g < GROUPS; ++g)
-      units[g] = number_of(static_cast<uint32_t>(p.scales_before[group + g]) << 16) * 0x1p-16f;
+      units[g] = number_of(static_cast<uint32_t>(p.scales_before[group + g]) << 16);
   }
-  static Two load(const Piece& p, int64_t at, Floats unit) {
+  // Every product here is exact: 15 bits by 8, and no scale is so small that it would not be normal.
+  struct Units {
+    Floats unit, offset, high;
+    explicit Units(float value)
+        : unit(all(value)), offset(all(value * -(0x1p23f + 0x1p15f))), high(all(value * 0x1p-16f)) {}
+  };
+  static Two load(const Piece& p, int64_t at, const Units& units) {
     const Shorts code = bytes(codes(p, at));
     const Ints value = (Ints)(code * ((code < 0 ? -code : code) + 32));
-    return {floats(value << 16) * unit, floats(value & UPPER) * unit};
+    // a number at an even place is brought up by 2**23 + 2**15, its sign turned into bits
+    constexpr int LOW_15_NOT_16TH = 0xA6;
+    const Floats raised = (Floats)_mm512_ternarylogic_epi32(
+        (__m512i)value, (__m512i)all(0xFFFF), (__m512i)all(ON_2_23 | 0x7FFF), LOW_15_NOT_16TH);
+    return {once(raised, units.unit, units.offset), floats(value & UPPER) * units.high};
   }
   struct Scales {
     alignas(16) float unit[GROUPS], inverse[GROUPS], part[GROUPS], twice[GROUPS];
@@ -48,16 +57,16 @@ template <> struct Gap<LINE_INT8> {
     Scales scales;
     _mm_store_ps(scales.unit, unit);
     _mm_store_ps(scales.inverse, _mm_div_ps(_mm_set1_ps(1.0f), unit));
-    _mm_store_ps(scales.part, _mm_mul_ps(unit, _mm_set1_ps(0x1p-17f)));
-    _mm_store_ps(scales.twice, _mm_mul_ps(unit, _mm_set1_ps(0x1p-16f)));
+    _mm_store_ps(scales.part, _mm_mul_ps(unit, _mm_set1_ps(0x1p-16f)));
+    _mm_store_ps(scales.twice, _mm_mul_ps(unit, _mm_set1_ps(0x1p-15f)));
     return scales;
   }
   struct Constants {
     Ints magnitude = held(all(static_cast<int32_t>(MAGNITUDE))), one = held(all(1));
     Drawn drawn;
-    Bytes64 bytes;
   };
-  // Of `encode`, for a whole group of finite numbers; see there for what is exact.
+  // Of `encode`, for a whole group of finite numbers; see there for what is exact. The chance is
+  // half of what it is there, the step twice: their product is the same, rounded once.
   static void store(const Piece& p, int64_t at, const Scales& scales, int g, const float* values,
                     uint64_t word, const Constants& constants) {
     const Floats unit = all(scales.unit[g]), inverse = all(scales.inverse[g]),
@@ -73,15 +82,16 @@ template <> struct Gap<LINE_INT8> {
       const Floats whole = floats(r);
       const Floats beyond = once(-once(whole, whole, all(-256.0f)), unit, x);
       const Floats step = once(whole, twice, part);
-      const Floats chance = floats(k % 2 ? bits.odd_odds() : bits.even_odds());
+      const Floats chance = k % 2 ? bits.odd_chance() : bits.even_chance();
       const __mmask16 up = _mm512_cmp_ps_mask((__m512)beyond, (__m512)(chance * step), _CMP_GT_OQ);
       roots[k] = (Ints)_mm512_mask_add_epi32((__m512i)r, up, (__m512i)r, (__m512i)constants.one);
       signs[k] = value;
     }
+    // codes may be negative only now: a sign is found in the same order as their bytes
+    const __m512i code = _mm512_sub_epi8(packed<false>(roots), _mm512_set1_epi8(16));
+    const __mmask64 negative = _mm512_movepi8_mask(packed<true>(signs));
     const __m512i zero = _mm512_setzero_si512();
-    const __m512i code = _mm512_sub_epi8(constants.bytes.of<0>(roots), _mm512_set1_epi8(16));
-    const __mmask64 negative = _mm512_movepi8_mask(constants.bytes.of<3>(signs));
-    stored(in_order(_mm512_mask_sub_epi8(code, negative, zero, code)), codes(p, at));
+    stored(packed_in_order(_mm512_mask_sub_epi8(code, negative, zero, code)), codes(p, at));
   }
   static constexpr int32_t STORABLE = static_cast<int32_t>(INFINITE) - 1;
   static void store_rare(const Piece& p, int64_t at, int64_t group, const float* values,
@@ -97,7 +107,10 @@ template <> struct Gap<LINE_BF16> {
   static constexpr int SIZE = 2;
   static bool usual(const Piece&, int64_t) { return true; }
   static void find_units(const Piece&, int64_t, float (&)[GROUPS]) {}
-  static Two load(const Piece& p, int64_t at, Floats) { return widened(line(p, at)); }
+  struct Units {
+    explicit Units(float) {}
+  };
+  static Two load(const Piece& p, int64_t at, const Units&) { return widened(line(p, at)); }
   struct Scales {};
   static Scales scales_of(const Piece&, int64_t, __m128i) { return {}; }
   struct Constants {

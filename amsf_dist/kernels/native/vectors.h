@@ -5,7 +5,8 @@
 
 #include "storages.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__FMA__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__) && defined(__FMA__)
 #define AMSF_VECTORS 1
 #include <immintrin.h>
 
@@ -68,29 +69,51 @@ inline Shorts bytes(const void* from) {
   return (Shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
 
+// Eight bytes of a first half, eight of a second one, and so on: first the one, then the other.
+inline __m512i halves_in_order(__m512i bytes) {
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
+}
+
+// sum + a * b, added in pairs of 16 bits.
+inline Ints plus_products(Ints sum, Shorts a, Ints b) {
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+
 // A constant that stays in its register: compilers would rather make it anew in every turn.
 template <typename Vector> inline Vector held(Vector vector) {
   asm("" : "+v"(vector));
   return vector;
 }
 
-// Bytes of 64 numbers, two of them after two, in an order that `in_order` undoes.
-struct Bytes64 {
-  __mmask64 second, third, fourth;
-  Bytes64() : second(0x00AA00AA00AA00AA), third(0x5500550055005500), fourth(0xAA00AA00AA00AA00) {
-    asm("" : "+k"(second), "+k"(third), "+k"(fourth));
-  }
-  template <int BYTE> __m512i of(const Ints (&numbers)[4]) const {
-    constexpr int LOW = BYTE * 0x0101 + (BYTE + 4) * 0x01010000, NEXT = 0x08080808;
-    const __m512i from = _mm512_set4_epi32(LOW + NEXT, LOW, LOW + NEXT, LOW);
+// The second bytes of 64 numbers, in their order.
+struct SecondBytes {
+  __mmask64 second = 0x00AA00AA00AA00AA, third = 0x5500550055005500, fourth = 0xAA00AA00AA00AA00;
+  SecondBytes() { asm("" : "+k"(second), "+k"(third), "+k"(fourth)); }
+
+  __m512i operator()(const Ints (&numbers)[4]) const {
+    constexpr int LOW = 0x05050101, HIGH = 0x0D0D0909;
+    const __m512i from = _mm512_set4_epi32(HIGH, LOW, HIGH, LOW);
     __m512i found = _mm512_shuffle_epi8((__m512i)numbers[0], from);
     found = _mm512_mask_shuffle_epi8(found, second, (__m512i)numbers[1], from);
     found = _mm512_mask_shuffle_epi8(found, third, (__m512i)numbers[2], from);
-    return _mm512_mask_shuffle_epi8(found, fourth, (__m512i)numbers[3], from);
+    found = _mm512_mask_shuffle_epi8(found, fourth, (__m512i)numbers[3], from);
+    return halves_in_order(found);
   }
 };
-inline __m512i in_order(__m512i bytes) {
-  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
+
+// 64 numbers as bytes, the nearest ones, signed or not, in an order that `packed_in_order` undoes.
+template <bool SIGNED> inline __m512i packed(const Ints (&numbers)[4]) {
+  const __m512i first = _mm512_packs_epi32((__m512i)numbers[0], (__m512i)numbers[1]);
+  const __m512i second = _mm512_packs_epi32((__m512i)numbers[2], (__m512i)numbers[3]);
+  return SIGNED ? _mm512_packs_epi16(first, second) : _mm512_packus_epi16(first, second);
+}
+inline __m512i packed_in_order(__m512i bytes) {
+  const __m512i pairs = _mm512_set4_epi32(0x0F0B0E0A, 0x0D090C08, 0x07030602, 0x05010400);
+  return halves_in_order(_mm512_shuffle_epi8(bytes, pairs));
 }
 
 inline Floats floats(Ints values) { return (Floats)_mm512_cvtepi32_ps((__m512i)values); }
@@ -117,14 +140,22 @@ static const Multiples MULTIPLES;
 
 inline Longs all(uint64_t word) { return (Longs)_mm512_set1_epi64(static_cast<int64_t>(word)); }
 
+// A half word as the last bits of a number from 2**23 on, whose last bit is 1.
+constexpr int32_t ON_2_23 = 0x4B000000;
+inline Floats on_2_23(Ints low_halves) {
+  constexpr int AND_OR = 0xEA;  // (a & b) | c
+  return (Floats)_mm512_ternarylogic_epi32((__m512i)low_halves, (__m512i)all(0xFFFF),
+                                           (__m512i)all(ON_2_23), AND_OR);
+}
+
 // Random bits of 32 numbers, 16 for each: those at even places lie in lower halves.
 struct Bits {
   Ints both;
   Ints even() const { return both & 0xFFFF; }
   Ints odd() const { return (Ints)_mm512_srli_epi32((__m512i)both, 16); }
-  // 2 * bits + 1
-  Ints even_odds() const { return ((both << 1) | 1) & 0x1FFFF; }
-  Ints odd_odds() const { return (Ints)_mm512_srli_epi32((__m512i)both, 15) | 1; }
+  // as numbers, a half added
+  Floats even_chance() const { return on_2_23(both) - 8388607.5f; }
+  Floats odd_chance() const { return (Floats)(odd() | ON_2_23) - 8388607.5f; }
 };
 
 // Draws; its constants stay in registers.

@@ -19,6 +19,7 @@ inline void make_known(Floats (&weights)[QUARTERS]) {
 
 // Weights, and gradients of the same dtype.
 struct PlainWeight {
+  struct Constants {};
   static constexpr int SIZE = 4, ERROR_SIZE = 0;
   static Two gradient(const Piece& p, int64_t at) {
     return parted(static_cast<const float*>(p.gradient) + at);
@@ -27,7 +28,7 @@ struct PlainWeight {
     return parted(static_cast<const float*>(p.weight) + at);
   }
   static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t, int64_t,
-                    const Drawn&) {
+                    const Constants&) {
     float* to = static_cast<float*>(p.weight) + at;
     store_joined(weights[0], weights[1], to);
     store_joined(weights[2], weights[3], to + GROUP / 2);
@@ -41,39 +42,46 @@ struct Weight16 {
   }
 };
 
+template <int KEPT> struct SplitWeight;
+
+template <> struct SplitWeight<8> : Weight16 {
+  struct Constants {
+    SecondBytes bytes;
+  };
+  static constexpr int ERROR_SIZE = 1;
+  static Two load(const Piece& p, int64_t at) {
+    const Shorts error = bytes(static_cast<const int8_t*>(p.error) + at);
+    const Ints both = loaded<Ints>(static_cast<const uint16_t*>(p.weight) + at);
+    return {(Floats)plus_products(both << 16, error, all(0x00000100)),
+            (Floats)plus_products(both & UPPER, error, all(0x01000000))};
+  }
+  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
+                    const Constants& constants) {
+    make_known(weights);
+    // Rounded to even at the last byte, and 0x8000 more: what a signed byte takes away or adds is a
+    // carry from its highest bit, which is then the other one.
+    Ints sums[QUARTERS];
+    for (int k = 0; k < QUARTERS; ++k) {
+      const __m512i weight = (__m512i)weights[k];
+      const __mmask16 odd = _mm512_test_epi32_mask(weight, (__m512i)all(0x100));
+      const __m512i down = _mm512_add_epi32(weight, (__m512i)all(0x807F));
+      sums[k] = (Ints)_mm512_mask_add_epi32(down, odd, weight, (__m512i)all(0x8080));
+    }
+    const __m512i error = _mm512_xor_si512(constants.bytes(sums), _mm512_set1_epi8(-128));
+    stored(error, static_cast<int8_t*>(p.error) + at);
+    uint16_t* to = static_cast<uint16_t*>(p.weight) + at;
+    store_upper(sums[0], sums[1], to);
+    store_upper(sums[2], sums[3], to + GROUP / 2);
+  }
+};
+
 // The upper halves of 32 numbers, from which a negative error takes one.
 inline Ints less_borrow(const uint16_t* weights, Shorts error) {
   return (Ints)_mm512_add_epi16(loaded<__m512i>(weights), (__m512i)(error >> 15));
 }
 
-template <int KEPT> struct SplitWeight;
-
-template <> struct SplitWeight<8> : Weight16 {
-  static constexpr int ERROR_SIZE = 1;
-  static Two load(const Piece& p, int64_t at) {
-    const Shorts error = bytes(static_cast<const int8_t*>(p.error) + at);
-    const Ints upper = less_borrow(static_cast<const uint16_t*>(p.weight) + at, error);
-    const __m512i lower = (__m512i)(error << 8);
-    return {(Floats)((upper << 16) | ((Ints)lower & 0xFFFF)),
-            (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32(lower, 16))};
-  }
-  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
-                    const Drawn&) {
-    make_known(weights);
-    Ints sums[QUARTERS];
-    for (int k = 0; k < QUARTERS; ++k) {
-      const Ints weight = (Ints)weights[k];
-      sums[k] = weight + ((weight >> 8) & 1) + 0x7F;
-    }
-    stored(in_order(Bytes64().of<1>(sums)), static_cast<int8_t*>(p.error) + at);
-    // what a signed byte takes away or adds is a carry from its highest bit
-    uint16_t* to = static_cast<uint16_t*>(p.weight) + at;
-    store_upper(sums[0] + 0x8000, sums[1] + 0x8000, to);
-    store_upper(sums[2] + 0x8000, sums[3] + 0x8000, to + GROUP / 2);
-  }
-};
-
 template <> struct SplitWeight<16> : Weight16 {
+  struct Constants {};
   static constexpr int ERROR_SIZE = 2;
   static Two load(const Piece& p, int64_t at) {
     const Shorts error = loaded<Shorts>(static_cast<const int16_t*>(p.error) + at);
@@ -82,7 +90,7 @@ template <> struct SplitWeight<16> : Weight16 {
             (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32((__m512i)error, 16))};
   }
   static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
-                    const Drawn&) {
+                    const Constants&) {
     make_known(weights);
     for (int k = 0; k < QUARTERS; k += 2, at += GROUP / 2) {
       const Ints even = (Ints)weights[k], odd = (Ints)weights[k + 1];
@@ -93,9 +101,12 @@ template <> struct SplitWeight<16> : Weight16 {
 };
 
 struct StochasticWeight : Weight16 {
+  struct Constants {
+    Drawn drawn;
+  };
   static Two load(const Piece& p, int64_t at) { return widened(memory(p, at)); }
   static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t key,
-                    int64_t place, const Drawn& drawn) {
+                    int64_t place, const Constants& constants) {
     Ints top = all(0);
     for (int k = 0; k < QUARTERS; ++k) top = larger(top, (Ints)magnitude(weights[k]));
     if (__builtin_expect(_mm512_cmpgt_epi32_mask((__m512i)top, (__m512i)all(STORABLE_BF16)), 0)) {
@@ -104,7 +115,7 @@ struct StochasticWeight : Weight16 {
       in_line(reinterpret_cast<const float*>(weights), sorted);
       return store_at_random<BF16>(sorted, rare.at(key, place, GROUP), GROUP, memory(p, at));
     }
-    store_drawn(weights, all(word_at(key, place)), drawn, memory(p, at));
+    store_drawn(weights, all(word_at(key, place)), constants.drawn, memory(p, at));
   }
 
  private:
