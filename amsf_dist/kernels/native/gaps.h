@@ -10,6 +10,11 @@
 
 namespace amsf {
 
+// What groups of 8 bits are stored with.
+struct Scales {
+  alignas(16) float unit[GROUPS], inverse[GROUPS], part[GROUPS], twice[GROUPS];
+};
+
 // A gap of 8 bits in groups, or of 16.
 template <LineKind KIND> struct Gap;
 
@@ -41,9 +46,6 @@ template <> struct Gap<LINE_INT8> {
         (__m512i)value, (__m512i)all(0xFFFF), (__m512i)all(ON_2_23 | 0x7FFF), LOW_15_NOT_16TH);
     return {once(raised, units.unit, units.offset), floats(value & UPPER) * units.high};
   }
-  struct Scales {
-    alignas(16) float unit[GROUPS], inverse[GROUPS], part[GROUPS], twice[GROUPS];
-  };
   // Of `encode`, for groups that are all here.
   static Scales scales_of(const Piece& p, int64_t group, __m128i tops) {
     const __m128 smallest = _mm_set1_ps(0x1p-100f);
@@ -67,8 +69,8 @@ template <> struct Gap<LINE_INT8> {
   };
   // Of `encode`, for a whole group of finite numbers; see there for what is exact. The chance is
   // half of what it is there, the step twice: their product is the same, rounded once.
-  static void store(const Piece& p, int64_t at, const Scales& scales, int g, const float* values,
-                    uint64_t word, const Constants& constants) {
+  static void store(void* to, const Scales& scales, int g, const float* values, uint64_t word,
+                    const Constants& constants) {
     const Floats unit = all(scales.unit[g]), inverse = all(scales.inverse[g]),
                  part = all(scales.part[g]), twice = all(scales.twice[g]);
     const Longs first = all(word);
@@ -91,7 +93,7 @@ template <> struct Gap<LINE_INT8> {
     const __m512i code = _mm512_sub_epi8(packed<false>(roots), _mm512_set1_epi8(16));
     const __mmask64 negative = _mm512_movepi8_mask(packed<true>(signs));
     const __m512i zero = _mm512_setzero_si512();
-    stored(packed_in_order(_mm512_mask_sub_epi8(code, negative, zero, code)), codes(p, at));
+    stored(packed_in_order(_mm512_mask_sub_epi8(code, negative, zero, code)), to);
   }
   static constexpr int32_t STORABLE = static_cast<int32_t>(INFINITE) - 1;
   static void store_rare(const Piece& p, int64_t at, int64_t group, const float* values,
@@ -111,16 +113,15 @@ template <> struct Gap<LINE_BF16> {
     explicit Units(float) {}
   };
   static Two load(const Piece& p, int64_t at, const Units&) { return widened(line(p, at)); }
-  struct Scales {};
   static Scales scales_of(const Piece&, int64_t, __m128i) { return {}; }
   struct Constants {
     Drawn drawn;
   };
-  static void store(const Piece& p, int64_t at, const Scales&, int, const float* values,
-                    uint64_t word, const Constants& constants) {
+  static void store(void* to, const Scales&, int, const float* values, uint64_t word,
+                    const Constants& constants) {
     Floats four[QUARTERS];
     for (int k = 0; k < QUARTERS; ++k) four[k] = loaded<Floats>(values + k * PAIRS);
-    store_drawn(four, all(word), constants.drawn, line(p, at));
+    store_drawn(four, all(word), constants.drawn, static_cast<uint16_t*>(to));
   }
   static constexpr int32_t STORABLE = STORABLE_BF16;
   static void store_rare(const Piece& p, int64_t at, int64_t, const float* values,

@@ -21,6 +21,10 @@ inline void in_line(const float* quarters, float* to) {
   for (int i = 0; i < GROUP; ++i) to[i] = quarters[i / 32 * 32 + i % 2 * PAIRS + i % 32 / 2];
 }
 
+inline Floats farthest(const Floats (&values)[QUARTERS]) {
+  return farther(farther(values[0], values[1]), farther(values[2], values[3]));
+}
+
 // Numbers of a group, rounded to bf16 at random.
 inline void store_drawn(const Floats (&values)[QUARTERS], Longs word, const Drawn& drawn,
                         uint16_t* to) {

@@ -239,7 +239,7 @@ inline void fetch_ahead(const Piece& p, int64_t at, const Bytes& bytes) {
   fetch(static_cast<const char*>(p.line) + at * bytes.line, BATCH * bytes.line);
 }
 
-inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, const Draws& draws,
+inline void move_stages(const Piece& p, const Tile& tile, int64_t at, int n, const Draws& draws,
                        Batch& batch) {
   load_plain(p.gradient_format, p.gradient, at, n, batch.gradient);
   if (p.scales_gradient)
@@ -266,41 +266,26 @@ inline void move_batch(const Piece& p, const Tile& tile, int64_t at, int n, cons
   store_line(p, tile, at, n, draws, batch);
 }
 
-// Of a whole batch, the factors of each group; false where a group is cut by a block or by the tile.
-inline bool factors_of(const Piece& p, const Tile& tile, int64_t at, Factors& factors) {
-  if (tile.first_shared >= 0 && at == tile.start) return false;
-  if (tile.last_shared >= 0 && at + BATCH == tile.stop) return false;
-  const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
-  int64_t block = (at - tile.start) / numel, inside = (at - tile.start) % numel;
-  for (int g = 0; g < BATCH / GROUP; ++g) {
-    if (inside == numel) ++block, inside = 0;
-    factors.blocks[g] = p.scale[tile.first_block + block];
-    if (p.column_scale) factors.columns[g] = p.column_scale + tile.column + inside;
-    inside += GROUP;
-    if (inside > numel) return false;
-  }
-  return true;
-}
-
 inline void move_tile(const Piece& p, const Tile& tile) {
   if (in_place(p)) return move_in_place(p, tile);
   Batch batch;
   const Draws draws = draws_of(p, tile);
   const Bytes bytes = bytes_of(p);
-  const FusedBatch fused = fused_for(p);
-  int n = 0;
-  for (int64_t at = tile.start; at < tile.stop; at += n) {
-    n = BATCH - (at == tile.start ? tile.phase : 0);  // later batches begin where groups do
+  const Fused fused = fused_for(p);
+  Pipeline pipeline;
+  for (int64_t at = tile.start; at < tile.stop;) {
+    const bool cut = at == tile.start && tile.phase;  // later batches begin where groups do
+    if (fused.move && !cut) {
+      at = fused.move(p, tile, at, draws, pipeline);
+      if (at == tile.stop) break;
+    }
+    int n = cut ? BATCH - tile.phase : BATCH;
     if (tile.stop - at < n) n = static_cast<int>(tile.stop - at);
-    const int64_t before = at - tile.start;
-    const int64_t group = tile.first_group + (before + tile.phase) / GROUP;
-    Factors factors;
-    const Draws here = draws.ahead(before);
-    const bool whole = fused && n == BATCH && here.at_word() && factors_of(p, tile, at, factors);
-    if (whole && fused(p, at, group, factors, here)) continue;
     fetch_ahead(p, at + 2 * BATCH, bytes);
-    move_batch(p, tile, at, n, here, batch);
+    move_stages(p, tile, at, n, draws.ahead(at - tile.start), batch);
+    at += n;
   }
+  if (fused.finish) fused.finish(p, draws, pipeline);
 }
 
 inline void move(const Piece* pieces, int64_t count, int threads) {

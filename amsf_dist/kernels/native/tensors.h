@@ -58,7 +58,6 @@ struct Draws {
   int64_t place;
 
   Draws ahead(int64_t numbers) const { return {weight, line, place + numbers}; }
-  bool at_word() const { return place % 4 == 0; }
 };
 
 inline Draws draws_of(const Piece& p, const Tile& tile) {

@@ -122,7 +122,12 @@ inline Floats root(Floats values) { return (Floats)_mm512_sqrt_ps((__m512)values
 inline Floats magnitude(Floats values) {
   return (Floats)((Ints)values & static_cast<int32_t>(MAGNITUDE));
 }
-inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+
+// The larger magnitude; of a number and a NaN, the number's.
+inline Floats farther(Floats a, Floats b) {
+  constexpr int LARGER_WITHOUT_SIGN = 0b1011;
+  return (Floats)_mm512_range_ps((__m512)a, (__m512)b, LARGER_WITHOUT_SIGN);
+}
 
 // a * b + c, rounded once.
 inline Floats once(Floats a, Floats b, Floats c) {

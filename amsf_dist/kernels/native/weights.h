@@ -7,36 +7,45 @@
 
 namespace amsf {
 
-// NaN as the weight's format has it. A comparison of two vectors finds it in either.
-inline void make_known(Floats (&weights)[QUARTERS]) {
-  const __mmask16 found =
-      _mm512_cmp_ps_mask((__m512)weights[0], (__m512)weights[1], _CMP_UNORD_Q) |
-      _mm512_cmp_ps_mask((__m512)weights[2], (__m512)weights[3], _CMP_UNORD_Q);
-  if (__builtin_expect(found != 0, 0))
-    for (int k = 0; k < QUARTERS; ++k)
-      weights[k] = weights[k] == weights[k] ? weights[k] : (Floats)all(QUIET_NAN[BF16]);
+// Whether there is a NaN. A comparison of two vectors finds it in either.
+inline bool any_nan(const Floats (&weights)[QUARTERS]) {
+  return _mm512_cmp_ps_mask((__m512)weights[0], (__m512)weights[1], _CMP_UNORD_Q) |
+         _mm512_cmp_ps_mask((__m512)weights[2], (__m512)weights[3], _CMP_UNORD_Q);
 }
 
-// Weights, and gradients of the same dtype.
+// Makes of it what the weight's format has, and tells.
+inline bool make_known(Floats (&weights)[QUARTERS]) {
+  const bool found = any_nan(weights);
+  if (__builtin_expect(found, 0))
+    for (int k = 0; k < QUARTERS; ++k)
+      weights[k] = weights[k] == weights[k] ? weights[k] : (Floats)all(QUIET_NAN[BF16]);
+  return found;
+}
+
+// Weights, and gradients of the same dtype. `store` tells whether something was rare: a NaN, which a
+// gap that is one makes of its weight too, or weights that `store_rare` has to store, put aside.
 struct PlainWeight {
   struct Constants {};
   static constexpr int SIZE = 4, ERROR_SIZE = 0;
+  static void store_rare(const Piece&, int64_t, int64_t, const float*, const uint16_t*) {}
   static Two gradient(const Piece& p, int64_t at) {
     return parted(static_cast<const float*>(p.gradient) + at);
   }
   static Two load(const Piece& p, int64_t at) {
     return parted(static_cast<const float*>(p.weight) + at);
   }
-  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t, int64_t,
+  static bool store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t, float*,
                     const Constants&) {
     float* to = static_cast<float*>(p.weight) + at;
     store_joined(weights[0], weights[1], to);
     store_joined(weights[2], weights[3], to + GROUP / 2);
+    return any_nan(weights);
   }
 };
 
 struct Weight16 {
   static constexpr int SIZE = 2, ERROR_SIZE = 0;
+  static void store_rare(const Piece&, int64_t, int64_t, const float*, const uint16_t*) {}
   static Two gradient(const Piece& p, int64_t at) {
     return widened(static_cast<const uint16_t*>(p.gradient) + at);
   }
@@ -55,9 +64,9 @@ template <> struct SplitWeight<8> : Weight16 {
     return {(Floats)plus_products(both << 16, error, all(0x00000100)),
             (Floats)plus_products(both & UPPER, error, all(0x01000000))};
   }
-  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
+  static bool store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, float*,
                     const Constants& constants) {
-    make_known(weights);
+    const bool nan = make_known(weights);
     // Rounded to even at the last byte, and 0x8000 more: what a signed byte takes away or adds is a
     // carry from its highest bit, which is then the other one.
     Ints sums[QUARTERS];
@@ -72,6 +81,7 @@ template <> struct SplitWeight<8> : Weight16 {
     uint16_t* to = static_cast<uint16_t*>(p.weight) + at;
     store_upper(sums[0], sums[1], to);
     store_upper(sums[2], sums[3], to + GROUP / 2);
+    return nan;
   }
 };
 
@@ -89,14 +99,15 @@ template <> struct SplitWeight<16> : Weight16 {
     return {(Floats)((upper << 16) | ((Ints)error & 0xFFFF)),
             (Floats)((upper & UPPER) | (Ints)_mm512_srli_epi32((__m512i)error, 16))};
   }
-  static void store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, int64_t,
+  static bool store(const Piece& p, int64_t at, Floats (&weights)[QUARTERS], uint64_t, float*,
                     const Constants&) {
-    make_known(weights);
+    const bool nan = make_known(weights);
     for (int k = 0; k < QUARTERS; k += 2, at += GROUP / 2) {
       const Ints even = (Ints)weights[k], odd = (Ints)weights[k + 1];
       stored((even & 0xFFFF) | (odd << 16), static_cast<int16_t*>(p.error) + at);
       store_upper(even + 0x8000, odd + 0x8000, static_cast<uint16_t*>(p.weight) + at);
     }
+    return nan;
   }
 };
 
@@ -105,17 +116,19 @@ struct StochasticWeight : Weight16 {
     Drawn drawn;
   };
   static Two load(const Piece& p, int64_t at) { return widened(memory(p, at)); }
-  static void store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t key,
-                    int64_t place, const Constants& constants) {
-    Ints top = all(0);
-    for (int k = 0; k < QUARTERS; ++k) top = larger(top, (Ints)magnitude(weights[k]));
-    if (__builtin_expect(_mm512_cmpgt_epi32_mask((__m512i)top, (__m512i)all(STORABLE_BF16)), 0)) {
-      float sorted[GROUP];
-      Drawn16 rare;
-      in_line(reinterpret_cast<const float*>(weights), sorted);
-      return store_at_random<BF16>(sorted, rare.at(key, place, GROUP), GROUP, memory(p, at));
-    }
-    store_drawn(weights, all(word_at(key, place)), constants.drawn, memory(p, at));
+  static bool store(const Piece& p, int64_t at, const Floats (&weights)[QUARTERS], uint64_t word,
+                    float* aside, const Constants& constants) {
+    const Ints top = (Ints)farthest(weights);
+    const __mmask16 large = _mm512_cmpgt_epi32_mask((__m512i)top, (__m512i)all(STORABLE_BF16));
+    const bool rare = any_nan(weights) | large;
+    if (__builtin_expect(rare, 0))
+      for (int k = 0; k < QUARTERS; ++k) stored(weights[k], aside + k * PAIRS);
+    store_drawn(weights, all(word), constants.drawn, memory(p, at));
+    return rare;
+  }
+  static void store_rare(const Piece& p, int64_t at, int64_t, const float* values,
+                         const uint16_t* bits) {
+    store_at_random<BF16>(values, bits, GROUP, memory(p, at));
   }
 
  private:
