@@ -178,7 +178,7 @@ class Plan:
     """
 
     units: list[Unit]
-    signature: tuple[object, ...]
+    signature: dict[int, tuple[object, ...]]
 
     @property
     def holdings(self) -> list[Holding]:
@@ -242,11 +242,10 @@ def _unit(seats: Sequence[Seat], state: _State, flats: Flats, own_groups: bool) 
     return Unit(lanes, sums, GroupPeaks(held, own_groups))
 
 
-def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
+def _signature(params: Iterable[Tensor], state: _State) -> dict[int, tuple[object, ...]]:
     """Of the parameters in whatever order: units need not be in that of the groups."""
-    facts = [
-        (
-            id(param),
+    return {
+        id(param): (
             param.shape,
             param.dtype,
             param.device,
@@ -254,8 +253,7 @@ def _signature(params: Iterable[Tensor], state: _State) -> tuple[object, ...]:
             id(state.get(param)),
         )
         for param in params
-    ]
-    return tuple(sorted(facts, key=lambda fact: fact[0]))
+    }
 
 
 def _hold(seat: Seat, state: _State, flats: Flats) -> Holding:

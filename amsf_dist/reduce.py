@@ -58,6 +58,9 @@ class _Collective:
             buffer.index_copy_(0, places, payload.index_select(0, slots).to(buffer))
 
 
+_VERDICTS = torch.tensor(False), torch.tensor(True)
+
+
 class BlockSums:
     """Sums of squared gradients of every block seen here, for tensors that step together.
 
@@ -81,6 +84,7 @@ class BlockSums:
         self._collectives = _collectives(holdings, self._buffers, self._starts)
         self._owners = _owners(holdings, self._buffers, self._starts)
         self._num_holdings = len(holdings)
+        self._finite: list[bool | None] = []  # what kernels knew of their sums
         self.squares = torch.zeros(len(holdings))
         reached = {collective.axis.group.group_name for collective in self._collectives}
         if own_groups:
@@ -101,10 +105,11 @@ class BlockSums:
 
     def measure(self, kernel: Kernel) -> None:
         """Add what this rank sees of a kernel's gradients to the sums."""
-        kernel.measure(self.nobody_waits)
+        self._finite.append(kernel.measure(self.nobody_waits))
 
     def clear(self) -> None:
         """Set every sum to zero."""
+        self._finite.clear()
         for buffer in self._buffers:
             buffer.zero_()
 
@@ -115,10 +120,14 @@ class BlockSums:
             For every device that holds parameters a 0-dim bool: whether every gradient seen here,
             and by the ranks reached, is finite.
         """
+        alone = len(self._buffers) == 1 and self._owners == [None] and not self._collectives
+        if alone and self._finite and None not in self._finite:
+            # A kernel has looked at its sums. An operation of torch takes as long as thousands of
+            # numbers, after a step has gone through all caches.
+            return {self._buffers[0].device: _VERDICTS[all(self._finite)]}
         # 0 when all is finite, NaN otherwise; unlike a flag it can ride in a sum.
-        doubt = [(buffer * 0.0).sum() for buffer in self._buffers]
-        if len(doubt) == 1 and self._owners == [None] and not self._collectives:
-            # nothing to agree on; gradient release comes here for every module
+        doubt = [_largest(buffer) * 0.0 for buffer in self._buffers]
+        if alone:  # nothing to agree on; gradient release comes here for every module
             return {doubt[0].device: doubt[0].isfinite()}
         dtype = torch.float32
         if any(buffer.dtype == torch.float64 for buffer in self._buffers):
@@ -212,6 +221,11 @@ def _collectives(
         )
         for name, axis in axes.items()
     ]
+
+
+def _largest(sums: Tensor) -> Tensor:
+    """0-dim. No sum is negative, so that of all of them it is finite only if every one is."""
+    return sums.amax() if len(sums) else sums.new_zeros(())
 
 
 def _sum_on(device: torch.device, numbers: Sequence[Tensor]) -> Tensor:

@@ -51,12 +51,15 @@ class Kernel(Protocol):
 
     holdings: Sequence[Holding]
 
-    def measure(self, later: bool = False) -> None:
+    def measure(self, later: bool = False) -> bool | None:
         """Add grad**2 of every block this rank sees to the block sums, which are zero.
 
         Args:
             later: blocks decide for themselves and nobody waits for their sums: they may be
                 written with the weights.
+
+        Returns:
+            Whether all these sums are finite, if the host knows that now.
         """
         ...
 

@@ -178,5 +178,5 @@ def _loaded(path: Path) -> ctypes.CDLL:
     for name in ("amsf_measure", "amsf_move"):
         function = getattr(loaded, name)
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-        function.restype = None
+        function.restype = ctypes.c_int64
     return loaded

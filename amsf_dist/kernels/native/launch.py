@@ -66,10 +66,15 @@ class Table:
         self._index = np.repeat([holding.index for holding in holdings], counts)
         ends = np.cumsum(counts).tolist()
         self._span = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
-        # the tensors of a lane may differ in dtype, and so in storage
-        self._has_errors = any(holding.errors for holding in holdings)
-        self._has_scales = any(len(holding.lines[0].tensors) > 1 for holding in holdings)
         self._agreeing = [i for i, one in enumerate(self._known) if one.agrees]
+        # tensors that stay, and the one memory of theirs that stays; those of a lane may differ in
+        # dtype, and so in storage
+        self._sums = self._spread([holding.sums for holding in holdings])
+        self._moments = [holding.exp_avg_sq for holding in holdings]
+        self._lines = [holding.lines[0].tensors[0] for holding in holdings]
+        self._errors = _first([holding.errors for holding in holdings])
+        self._scales = _first([holding.lines[0].tensors[1:] for holding in holdings])
+        self._measured: tuple[Rows, list[bool]] | None = None
 
     def serves(self, holdings: Sequence[Holding]) -> bool:
         """Whether it is the table of these, as they are now."""
@@ -79,25 +84,26 @@ class Table:
             and (not holdings or _key(holdings[0]) == self._known[0].key)
         )
 
-    def measure(self) -> None:
-        """Add grad**2 of every block to its partition's sums; see `reference.sum_of_squares`."""
-        table, alive = self._fresh(), self._gradients()
-        table["gradient"] = self._spread(alive)
-        table["gradient_format"] = self._spread_formats(alive)
-        table["sums"] += self._spread([holding.sums for holding in self.holdings])
+    def measure(self) -> bool:
+        """Add grad**2 of every block to its partition's sums; see `reference.sum_of_squares`.
+
+        Returns:
+            Whether these sums are all finite.
+        """
+        self._measured = table, straight = self._with_gradients()
+        alive: list[Tensor] = []
         for i, holding in enumerate(self.holdings):
-            straight = self._known[i].flat and alive[i].is_contiguous()
-            if straight and len(holding.partitions) == 1:
+            if straight[i] and len(holding.partitions) == 1:
                 continue
             rows, pieces = table[self._span[i]], holding.layout.pieces
-            if not straight:
-                lines = [flat_line(alive[i], piece) for piece in pieces]
+            if not straight[i]:
+                lines = [flat_line(holding.gradient, piece) for piece in pieces]
                 alive += lines
                 rows["gradient"] = [line.data_ptr() for line in lines]
             if len(holding.partitions) > 1:
                 for row, piece in zip(rows, pieces, strict=True):
                     _measure_columns(row, holding, piece)
-        _call("amsf_measure", table)
+        return bool(_call("amsf_measure", table))
 
     def moves(self, c: Coefficients, draws: Tensor) -> Written:
         """Advance the moments of those whose blocks are scaled beforehand.
@@ -117,26 +123,21 @@ class Table:
 
     def write(self, c: Coefficients, draws: Tensor, scaled: dict[int, Move]) -> None:
         """Move the weights and the lines, and moments that have not moved yet."""
-        holdings, known, table = self.holdings, self._known, self._fresh()
-        gradients = self._gradients()
+        holdings, known = self.holdings, self._known
+        table, straight = self._measured or self._with_gradients()
+        self._measured = None
         weights = [
             holding.param if one.whole else holding.memory(holding.param)
             for holding, one in zip(holdings, known, strict=True)
         ]
-        lines = [holding.lines[0].tensors for holding in holdings]
-        table["gradient"] = self._spread(gradients)
-        table["gradient_format"] = self._spread_formats(gradients)
         table["weight"] = self._spread(weights)
-        table["line"] = self._spread([line[0] for line in lines])
-        if self._has_errors:
-            table["error"] = self._spread([h.errors[0] if h.errors else None for h in holdings])
-        if self._has_scales:
-            table["scales"] = self._spread([line[1] if len(line) > 1 else None for line in lines])
-        table["moments"] += self._spread([holding.exp_avg_sq for holding in holdings])
-        table["sums"] += self._spread([holding.sums for holding in holdings])
+        table["line"] = self._spread(self._lines)
+        table["error"] = self._spread(self._errors)
+        table["scales"] = self._spread(self._scales)
+        table["moments"] += self._spread(self._moments)
         copies: list[tuple[Opened, Holding, Piece]] = []
-        for i, (holding, one) in enumerate(zip(holdings, known, strict=True)):
-            if not (one.flat and gradients[i].is_contiguous() and weights[i].is_contiguous()):
+        for i, holding in enumerate(holdings):
+            if not (straight[i] and weights[i].is_contiguous()):
                 for row, piece in zip(table[self._span[i]], holding.layout.pieces, strict=True):
                     copies.append((Opened(holding, piece), holding, piece))
                     _open(row, copies[-1][0])
@@ -153,25 +154,26 @@ class Table:
         for opened, holding, piece in copies:
             opened.put_back(holding, piece)
 
-    def _fresh(self) -> Rows:
-        return np.frombuffer(bytearray(self._rows), PIECE)
-
-    def _gradients(self) -> list[Tensor]:
-        found = []
+    def _with_gradients(self) -> tuple[Rows, list[bool]]:
+        """Rows of a step, and of which tensors their gradients can be read where they are."""
+        gradients = []
         for holding, one in zip(self.holdings, self._known, strict=True):
             gradient = holding.param.grad
             assert gradient is not None
-            found.append(gradient if one.whole else holding.memory(gradient))
-        return found
+            gradients.append(gradient if one.whole else holding.memory(gradient))
+        table = np.frombuffer(bytearray(self._rows), PIECE)
+        table["sums"] += self._sums
+        table["gradient"] = self._spread(gradients)
+        formats = [FORMATS[gradient.dtype] for gradient in gradients]
+        table["gradient_format"] = np.array(formats, np.int32)[self._owner]
+        both = zip(self._known, gradients, strict=True)
+        return table, [one.flat and gradient.is_contiguous() for one, gradient in both]
 
-    def _spread(self, tensors: Sequence[Tensor | None]) -> NDArray[np.uint64]:
-        """[pieces] where each piece's tensor begins."""
-        found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        return np.array(found, np.uint64)[self._owner]
-
-    def _spread_formats(self, tensors: Sequence[Tensor]) -> NDArray[np.int32]:
-        found = [FORMATS[tensor.dtype] for tensor in tensors[: len(self.holdings)]]
-        return np.array(found, np.int32)[self._owner]
+    def _spread(self, tensors: Sequence[Tensor]) -> NDArray[np.uint64] | int:
+        """[pieces] where each piece's tensor begins; 0: there are no such tensors."""
+        if not tensors:
+            return 0
+        return np.array([tensor.data_ptr() for tensor in tensors], np.uint64)[self._owner]
 
     def _set_scalars(self, table: Rows, c: Coefficients, draws: Tensor) -> None:
         def column(scalar: Tensor | float) -> Any:
@@ -214,6 +216,11 @@ class Written(NamedTuple):
     def write(self) -> None:
         """See `Table.write`."""
         self.table.write(self.c, self.draws, self.scaled)
+
+
+def _first(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The first of each, an empty one where there is none; nothing where there are none at all."""
+    return [own[0] if own else torch.empty(0) for own in tensors] if any(tensors) else []
 
 
 def _key(holding: Holding) -> tuple[Any, ...]:
@@ -274,7 +281,8 @@ def _share(rows: Rows, holding: Holding, known: _Known, move: Move) -> list[Tens
     return alive
 
 
-def _call(name: str, table: Rows) -> None:
+def _call(name: str, table: Rows) -> int:
     compiled = library()
     assert compiled is not None
-    getattr(compiled, name)(table.ctypes.data, len(table), torch.get_num_threads())
+    called: int = getattr(compiled, name)(table.ctypes.data, len(table), torch.get_num_threads())
+    return called

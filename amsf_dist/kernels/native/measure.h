@@ -13,12 +13,13 @@ struct Strip {
   int64_t first, stop;     // tiles
   int64_t columns = 0, scratch = 0;
   double sum = 0.0;        // of the one block, where a tile has no more
+  bool finite = true;
 
   // Elements' own sums are their squares: one tells whether all are finite.
   int64_t num_sums(const Tile& tile) const { return piece->elementwise ? 1 : tile.num_blocks; }
   void add(const Tile& tile, int64_t block, double squares) {
     if (num_sums(tile) > 1)
-      piece->sums[tile.first_block + block] += static_cast<float>(squares);
+      finite &= is_finite(piece->sums[tile.first_block + block] += static_cast<float>(squares));
     else
       sum += squares;  // other tiles may have other parts of the block
   }
@@ -77,7 +78,8 @@ inline void measure_strip(Strip& strip, float* scratch) {
   }
 }
 
-inline void measure(const Piece* pieces, int64_t count, int threads) {
+// Whether every sum is finite.
+inline bool measure(const Piece* pieces, int64_t count, int threads) {
   constexpr int64_t STRIP = 16;
   std::vector<Strip> strips;
   int64_t scratch_numel = 0;
@@ -107,22 +109,26 @@ inline void measure(const Piece* pieces, int64_t count, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t s = 0; s < num_strips; ++s) measure_strip(strips[s], scratch.data());
 
+  bool finite = true;
   for (const Strip& strip : strips) {  // what several strips add to, in their order
+    finite &= strip.finite;
     const Piece& piece = *strip.piece;
     const Tile& tile = piece.tiles[strip.first];
     if (strip.columns) {
       double whole = 0.0;
       const float* columns = scratch.data() + strip.scratch;
       for (int64_t i = 0; i < strip.columns; ++i) {
-        piece.column_sums[tile.column + i] += columns[i];
+        finite &= is_finite(piece.column_sums[tile.column + i] += columns[i]);
         whole += static_cast<double>(columns[i]);
       }
-      *piece.whole_sum += static_cast<float>(whole);
+      finite &= is_finite(*piece.whole_sum += static_cast<float>(whole));
     }
     if (piece.elementwise || tile.num_blocks == 1) {
-      piece.sums[piece.elementwise ? 0 : tile.first_block] += static_cast<float>(strip.sum);
+      float& sum = piece.sums[piece.elementwise ? 0 : tile.first_block];
+      finite &= is_finite(sum += static_cast<float>(strip.sum));
     }
   }
+  return finite;
 }
 
 }  // namespace amsf

@@ -22,11 +22,13 @@ int64_t amsf_threads() {
 #endif
 }
 
-void amsf_measure(const amsf::Piece* pieces, int64_t count, int64_t threads) {
-  amsf::measure(pieces, count, amsf::threads_for(pieces, count, threads));
+// Whether every sum is finite.
+int64_t amsf_measure(const amsf::Piece* pieces, int64_t count, int64_t threads) {
+  return amsf::measure(pieces, count, amsf::threads_for(pieces, count, threads));
 }
 
-void amsf_move(const amsf::Piece* pieces, int64_t count, int64_t threads) {
+int64_t amsf_move(const amsf::Piece* pieces, int64_t count, int64_t threads) {
   amsf::move(pieces, count, amsf::threads_for(pieces, count, threads));
+  return 0;
 }
 }

@@ -33,10 +33,10 @@ class NativeKernel:
         self.holdings = holdings
         self._table = Table(())
 
-    def measure(self, later: bool = False) -> None:
+    def measure(self, later: bool = False) -> bool:
         """See `Kernel`."""
-        if table := self._stepping():
-            table.measure()
+        table = self._stepping()
+        return table is None or table.measure()
 
     def moves(
         self, c: Coefficients, draws: Tensor, finite: Tensor | None, by_block: bool
