@@ -113,28 +113,57 @@ inline bool in_place(const Piece& p) {
          !p.elementwise && !p.scales_gradient;
 }
 
-inline void move_in_place(const Piece& p, const Tile& tile) {
+// Of the memory of one block.
+struct Span {
+  int64_t at, stop;
+  float factor;
+  const float* columns;
+};
+
+// The next numbers of a span.
+inline void advance(const Piece& p, Span& span) {
   constexpr int64_t PART = 64, AHEAD = 256;  // numbers; the latter found by trial
-  const float* gradients = static_cast<const float*>(p.gradient);
-  float* weights = static_cast<float*>(p.weight);
-  float* lines = static_cast<float*>(p.line);
-  const int64_t numel = (tile.stop - tile.start) / tile.num_blocks;
-  for (int64_t b = 0; b < tile.num_blocks; ++b) {
-    const int64_t stop = tile.start + (b + 1) * numel;
-    const float factor = p.scale[tile.first_block + b];
-    for (int64_t at = stop - numel; at < stop; at += PART) {
-      const int64_t n = stop - at < PART ? stop - at : PART;
-      fetch(gradients + at + AHEAD, PART * sizeof(float));
-      fetch(weights + at + AHEAD, PART * sizeof(float));
-      fetch(lines + at + AHEAD, PART * sizeof(float));
-      if (p.column_scale) {
-        const float* columns = p.column_scale + tile.column + (at - (stop - numel));
-        const auto scale = [=](int64_t i) { return factor * columns[i]; };
-        move_numbers(p, n, gradients + at, scale, weights + at, lines + at);
-      } else {
-        const auto scale = [=](int64_t) { return factor; };
-        move_numbers(p, n, gradients + at, scale, weights + at, lines + at);
-      }
+  const int64_t at = span.at, n = span.stop - at < PART ? span.stop - at : PART;
+  const float* gradients = static_cast<const float*>(p.gradient) + at;
+  float* weights = static_cast<float*>(p.weight) + at;
+  float* lines = static_cast<float*>(p.line) + at;
+  fetch(gradients + AHEAD, PART * sizeof(float));
+  fetch(weights + AHEAD, PART * sizeof(float));
+  fetch(lines + AHEAD, PART * sizeof(float));
+  const float factor = span.factor;
+  if (const float* columns = span.columns) {
+    const auto scale = [=](int64_t i) { return factor * columns[i]; };
+    move_numbers(p, n, gradients, scale, weights, lines);
+    span.columns += n;
+  } else {
+    const auto scale = [=](int64_t) { return factor; };
+    move_numbers(p, n, gradients, scale, weights, lines);
+  }
+  span.at += n;
+}
+
+inline Span span_of(const Piece& p, const Tile& tile, int64_t block, int64_t numel) {
+  const int64_t at = tile.start + block * numel;
+  const float* columns = p.column_scale ? p.column_scale + tile.column : nullptr;
+  return {at, at + numel, p.scale[tile.first_block + block], columns};
+}
+
+// Two blocks at a time, or two halves of one: half a tile apart, for which a processor looks further
+// ahead than for neighbours.
+inline void move_in_place(const Piece& p, const Tile& tile) {
+  const int64_t numel = (tile.stop - tile.start) / tile.num_blocks, pairs = tile.num_blocks / 2;
+  const int64_t apart = tile.num_blocks - pairs;
+  for (int64_t b = 0; b < apart; ++b) {
+    Span first = span_of(p, tile, b, numel), second = first;
+    if (b < pairs) {
+      second = span_of(p, tile, b + apart, numel);
+    } else {
+      first.stop = second.at = first.at + numel / 2;
+      if (second.columns) second.columns += numel / 2;
+    }
+    while (first.at < first.stop || second.at < second.stop) {
+      if (first.at < first.stop) advance(p, first);
+      if (second.at < second.stop) advance(p, second);
     }
   }
 }
