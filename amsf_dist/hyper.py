@@ -26,6 +26,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "state_storage": ("auto", "fp32", "bf16", "int8"),
     "lr_adaptation": (None,),
     "clip": (None, "block", "tensor", "norm"),
+    "nonfinite": ("step", "block"),
 }
 
 
@@ -58,6 +59,7 @@ class Hyper:
     deterministic: bool = False
     clip: str | None = None
     max_norm: float | None = None
+    nonfinite: str = "step"
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -99,6 +101,14 @@ class Hyper:
             raise ValueError(
                 "norms are sums whose bits depend on the number of ranks: with deterministic=True "
                 "use clip='block'"
+            )
+
+        if self.nonfinite == "block" and (
+            self.clip in ("norm", "tensor") or self.max_norm is not None
+        ):
+            raise ValueError(
+                "one gradient that is not finite makes the norm so, and no block could move: with "
+                "nonfinite='block' use clip='block'"
             )
 
     @classmethod

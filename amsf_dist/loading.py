@@ -38,6 +38,7 @@ FIXED = (
     "deterministic",
     "clip",
     "max_norm",
+    "nonfinite",
 )
 
 

@@ -65,6 +65,8 @@ class AMSF(Stepping):
             all-reduce; "block": the mean square of a block's update to 1; "tensor": every
             parameter's gradient by its own past norms. docs/release.md.
         max_norm: of `clip="norm"`, which it implies.
+        nonfinite: what a gradient that is not finite holds back: "step", everything, or "block",
+            only the blocks that have such gradients, which lets a CPU measure and move in one pass.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message has its range and the cure.
@@ -96,6 +98,7 @@ class AMSF(Stepping):
         deterministic: bool = False,
         clip: str | None = None,
         max_norm: float | None = None,
+        nonfinite: str = "step",
     ) -> None:
         """See the class."""
         hyper = Hyper(
@@ -119,6 +122,7 @@ class AMSF(Stepping):
             deterministic=deterministic,
             clip=clip,
             max_norm=max_norm,
+            nonfinite=nonfinite,
         )
         block_rules.check(blocks)
         self._facts: dict[str, Facts] = {}

@@ -69,8 +69,9 @@ class BlockSums:
         num_floats: numbers in all of them together, one of which each tells whether all is finite.
         squares: [holdings] squared norms of the gradients once they are agreed on, for tensors
             whose group clips by them; 0 for others.
-        everyone_knows: whether every rank that shares a step sees the same verdict of `agree`:
-            nothing is sharded, or a collective runs over every group that shards something.
+        everyone_knows: whether every rank that shares a step sees the same verdict of `agree`, and
+            goes by it: nothing is sharded, or a collective runs over every group that shards
+            something. Not where groups say `nonfinite="block"`.
     """
 
     def __init__(self, holdings: Sequence[Holding], own_groups: bool = False) -> None:
@@ -84,7 +85,7 @@ class BlockSums:
         self._collectives = _collectives(holdings, self._buffers, self._starts)
         self._owners = _owners(holdings, self._buffers, self._starts)
         self._num_holdings = len(holdings)
-        self._finite: list[bool | None] = []  # what kernels knew of their sums
+        self._kernels: list[Kernel] = []  # that have measured
         self.squares = torch.zeros(len(holdings))
         reached = {collective.axis.group.group_name for collective in self._collectives}
         if own_groups:
@@ -92,7 +93,8 @@ class BlockSums:
                 collective.axis = with_own_group(collective.axis)
         self.num_collectives = len(self._collectives)
         self.num_floats = sum(collective.num_floats for collective in self._collectives)
-        self.everyone_knows = all(
+        by_block = bool(holdings) and all(h.group["nonfinite"] == "block" for h in holdings)
+        self.everyone_knows = not by_block and all(
             axis.group.group_name in reached
             for partition in partitions_of(holdings)
             for axis in partition.layout.spread
@@ -105,11 +107,12 @@ class BlockSums:
 
     def measure(self, kernel: Kernel) -> None:
         """Add what this rank sees of a kernel's gradients to the sums."""
-        self._finite.append(kernel.measure(self.nobody_waits))
+        kernel.measure(self.nobody_waits)
+        self._kernels.append(kernel)
 
     def clear(self) -> None:
         """Set every sum to zero."""
-        self._finite.clear()
+        self._kernels.clear()
         for buffer in self._buffers:
             buffer.zero_()
 
@@ -121,10 +124,11 @@ class BlockSums:
             and by the ranks reached, is finite.
         """
         alone = len(self._buffers) == 1 and self._owners == [None] and not self._collectives
-        if alone and self._finite and None not in self._finite:
+        known = [kernel.finite for kernel in self._kernels]
+        if alone and known and None not in known:
             # A kernel has looked at its sums. An operation of torch takes as long as thousands of
             # numbers, after a step has gone through all caches.
-            return {self._buffers[0].device: _VERDICTS[all(self._finite)]}
+            return {self._buffers[0].device: _VERDICTS[all(known)]}
         # 0 when all is finite, NaN otherwise; unlike a flag it can ride in a sum.
         doubt = [_largest(buffer) * 0.0 for buffer in self._buffers]
         if alone:  # nothing to agree on; gradient release comes here for every module

@@ -47,19 +47,18 @@ class Kernel(Protocol):
 
     Attributes:
         holdings: the tensors.
+        finite: whether what this step has measured so far is finite, if the host knows; else None.
     """
 
     holdings: Sequence[Holding]
+    finite: bool | None
 
-    def measure(self, later: bool = False) -> bool | None:
+    def measure(self, later: bool = False) -> None:
         """Add grad**2 of every block this rank sees to the block sums, which are zero.
 
         Args:
             later: blocks decide for themselves and nobody waits for their sums: they may be
                 written with the weights.
-
-        Returns:
-            Whether all these sums are finite, if the host knows that now.
         """
         ...
 
@@ -79,6 +78,8 @@ class Kernel(Protocol):
 
 class Reference:
     """The torch kernels, tensor by tensor."""
+
+    finite: bool | None = None
 
     def __init__(self, holdings: Sequence[Holding]) -> None:
         """Step these."""

@@ -82,6 +82,7 @@ WRONG: list[tuple[str, Any, type[Exception], list[str]]] = [
     ("clip", "norm", ValueError, ["max_norm"]),
     ("max_norm", 0.0, ValueError, ["0.0", "> 0"]),
     ("max_norm", "1", TypeError, ["'1'", "number"]),
+    ("nonfinite", "skip", ValueError, ["'skip'", "'step'", "'block'"]),
 ]
 WRONG_IDS = [f"{argument}={value!r}" for argument, value, _, _ in WRONG]
 EVERY_WRONG = pytest.mark.parametrize(("argument", "value", "error", "says"), WRONG, ids=WRONG_IDS)

@@ -175,7 +175,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
         raise OSError(f"{path}: structs of {sizes} bytes")
     if not loaded.amsf_threads():
         raise OSError(f"{path}: without OpenMP")
-    for name in ("amsf_measure", "amsf_move"):
+    for name in ("amsf_measure", "amsf_move", "amsf_step"):
         function = getattr(loaded, name)
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         function.restype = ctypes.c_int64

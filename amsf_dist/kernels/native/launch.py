@@ -16,12 +16,12 @@ from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.lines import flat_line
 from amsf_dist.kernels.move import Move, Opened
 from amsf_dist.kernels.native.build import library
-from amsf_dist.kernels.native.table import FORMATS, PIECE, RULES, Rows, rows_of
+from amsf_dist.kernels.native.table import FORMATS, PIECE, RULES, Rows, passes_once, rows_of
 from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Piece
 from amsf_dist.shards.layout import itself
 
-__all__ = ["Table", "Written"]
+__all__ = ["Table", "Written", "goes_once"]
 
 
 class _Known(NamedTuple):
@@ -37,6 +37,7 @@ class _Known(NamedTuple):
         agrees: whether blocks are scaled by `Move`: there is more than one way to cut it, or shares
             of groups are sought before it is stored.
         shared: whether groups are shared by tiles.
+        once: whether it can be measured and moved in one pass; see `passes_once`.
     """
 
     rows: bytes
@@ -47,6 +48,7 @@ class _Known(NamedTuple):
     whole: bool
     agrees: bool
     shared: bool
+    once: bool
 
 
 class Table:
@@ -123,6 +125,19 @@ class Table:
 
     def write(self, c: Coefficients, draws: Tensor, scaled: dict[int, Move]) -> None:
         """Move the weights and the lines, and moments that have not moved yet."""
+        self._call_with_all("amsf_move", c, draws, scaled)
+
+    def step(self, c: Coefficients, draws: Tensor) -> bool:
+        """Measure and move in one pass, those that `goes_once` accepts: blocks decide themselves.
+
+        Returns:
+            Whether all gradients were finite.
+        """
+        return bool(self._call_with_all("amsf_step", c, draws, {}))
+
+    def _call_with_all(
+        self, name: str, c: Coefficients, draws: Tensor, scaled: dict[int, Move]
+    ) -> int:
         holdings, known = self.holdings, self._known
         table, straight = self._measured or self._with_gradients()
         self._measured = None
@@ -149,10 +164,11 @@ class Table:
         scratch = np.empty(int(own.sum()), np.float32)
         starts = (scratch.ctypes.data + 4 * (np.cumsum(own) - own)).astype(np.uint64)
         table["scale"] = np.where(table["scaled"] == 0, starts, table["scale"])
-        _call("amsf_move", table)
+        result = _call(name, table)
         del alive
         for opened, holding, piece in copies:
             opened.put_back(holding, piece)
+        return result
 
     def _with_gradients(self) -> tuple[Rows, list[bool]]:
         """Rows of a step, and of which tensors their gradients can be read where they are."""
@@ -223,6 +239,16 @@ def _first(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [own[0] if own else torch.empty(0) for own in tensors] if any(tensors) else []
 
 
+def goes_once(holding: Holding) -> bool:
+    """Whether this step can measure and move it in one pass."""
+    known, gradient = _known(holding), holding.param.grad
+    if not known.once or gradient is None:
+        return False
+    if known.whole:
+        return gradient.is_contiguous() and holding.param.is_contiguous()
+    return holding.gradient.is_contiguous() and holding.memory(holding.param).is_contiguous()
+
+
 def _key(holding: Holding) -> tuple[Any, ...]:
     return holding.group["seed"], holding.group["decay"]
 
@@ -241,7 +267,8 @@ def _known(holding: Holding) -> _Known:
         shared = holding.grouping is not None and bool(holding.grouping.shared)
         agrees = shared or len(holding.partitions) > 1
         whole = holding.layout.local is itself
-        known = _Known(rows.tobytes(), len(rows), tiles, key, flat, whole, agrees, shared)
+        once = flat and not agrees and passes_once(holding, tiles)
+        known = _Known(rows.tobytes(), len(rows), tiles, key, flat, whole, agrees, shared, once)
         holding.prepared = known
     return known
 

@@ -4,6 +4,7 @@
 // settings take another way where they can: fused.h.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "fused.h"
@@ -26,12 +27,10 @@ inline float clipped(float scale, float mean_sq) {
   return scale < limit ? scale : limit;
 }
 
-inline void scale_blocks(const Piece& piece) {
-  for (int64_t b = 0; b < piece.num_blocks; ++b) {
-    const float mean_sq = piece.sums[b] / piece.block_numel;
-    block_scale(piece, piece.moments + b, mean_sq, piece.scale + b);
-    if (piece.clips_blocks) piece.scale[b] = clipped(piece.scale[b], mean_sq);
-  }
+inline void scale_block(const Piece& piece, int64_t block) {
+  const float mean_sq = piece.sums[block] / piece.block_numel;
+  block_scale(piece, piece.moments + block, mean_sq, piece.scale + block);
+  if (piece.clips_blocks) piece.scale[block] = clipped(piece.scale[block], mean_sq);
 }
 
 // The factor of every number's gradient.
@@ -317,27 +316,34 @@ inline void move_tile(const Piece& p, const Tile& tile) {
   if (fused.finish) fused.finish(p, draws, pipeline);
 }
 
+// The tiles of all pieces, one after another.
+struct Tiles {
+  const Piece* pieces;
+  std::vector<int64_t> ends;  // tiles up to and with every piece
+
+  Tiles(const Piece* them, int64_t count) : pieces(them), ends(count) {
+    int64_t total = 0;
+    for (int64_t p = 0; p < count; ++p) ends[p] = total += pieces[p].num_tiles;
+  }
+  int64_t count() const { return ends.empty() ? 0 : ends.back(); }
+  template <typename Take> void take(int64_t tile, Take with) const {
+    const size_t p = std::upper_bound(ends.begin(), ends.end(), tile) - ends.begin();
+    with(pieces[p], pieces[p].tiles[tile - (ends[p] - pieces[p].num_tiles)]);
+  }
+};
+
 inline void move(const Piece* pieces, int64_t count, int threads) {
-  std::vector<int64_t> ends(count);  // tiles up to and with every piece
-  int64_t total = 0;
-  for (int64_t p = 0; p < count; ++p) ends[p] = total += pieces[p].num_tiles;
+  const Tiles tiles(pieces, count);
+  const int64_t total = tiles.count();
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 8)
     for (int64_t p = 0; p < count; ++p)
-      if (!pieces[p].elementwise && !pieces[p].scaled) scale_blocks(pieces[p]);
+      if (!pieces[p].elementwise && !pieces[p].scaled)
+        for (int64_t b = 0; b < pieces[p].num_blocks; ++b) scale_block(pieces[p], b);
     // from the end: the gradients that were measured last may still be in a cache
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < total; ++job) {
-      const int64_t tile = total - 1 - job;
-      int64_t low = 0, high = count - 1;
-      while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (ends[middle] > tile) high = middle; else low = middle + 1;
-      }
-      const Piece& piece = pieces[low];
-      move_tile(piece, piece.tiles[tile - (ends[low] - piece.num_tiles)]);
-    }
+    for (int64_t job = 0; job < total; ++job) tiles.take(total - 1 - job, move_tile);
   }
 }
 

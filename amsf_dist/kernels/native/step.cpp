@@ -4,8 +4,7 @@
 #include <omp.h>
 #endif
 
-#include "measure.h"
-#include "move.h"
+#include "once.h"
 
 extern "C" {
 
@@ -30,5 +29,10 @@ int64_t amsf_measure(const amsf::Piece* pieces, int64_t count, int64_t threads) 
 int64_t amsf_move(const amsf::Piece* pieces, int64_t count, int64_t threads) {
   amsf::move(pieces, count, amsf::threads_for(pieces, count, threads));
   return 0;
+}
+
+// Both at once. Whether every sum is finite.
+int64_t amsf_step(const amsf::Piece* pieces, int64_t count, int64_t threads) {
+  return amsf::step(pieces, count, amsf::threads_for(pieces, count, threads));
 }
 }

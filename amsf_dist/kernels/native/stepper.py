@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from amsf_dist.kernels.choice import Kernel, Moves, Reference
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.native.build import library
-from amsf_dist.kernels.native.launch import Table
+from amsf_dist.kernels.native.launch import Table, goes_once
 from amsf_dist.kernels.native.table import serves
 from amsf_dist.rules.protocol import Coefficients
 
@@ -31,25 +32,57 @@ class NativeKernel:
     def __init__(self, holdings: Sequence[Holding]) -> None:
         """Step these."""
         self.holdings = holdings
-        self._table = Table(())
+        self.finite: bool | None = True
+        self._twice = self._once = Table(())
+        self._looked = False
 
-    def measure(self, later: bool = False) -> bool:
+    def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
-        table = self._stepping()
-        return table is None or table.measure()
+        self._look(later)
+        self.finite = not self._twice.holdings or self._twice.measure()
 
     def moves(
         self, c: Coefficients, draws: Tensor, finite: Tensor | None, by_block: bool
     ) -> Sequence[Moves]:
         """See `Kernel`. Steps that not everything may take are the reference's."""
-        if finite is not None:
-            return Reference(self.holdings).moves(c, draws, finite, by_block)
-        table = self._stepping()
-        return [table.moves(c, draws)] if table else []
+        if not self._looked:  # the sums are those of others
+            self._look(later=False)
+        self._looked = False
+        moves: list[Moves] = []
+        if self._once.holdings:
+            moves.append(_InOnePass(self, self._once, c, draws))
+        if self._twice.holdings and finite is None:
+            moves.append(self._twice.moves(c, draws))
+        elif self._twice.holdings:
+            moves += Reference(self._twice.holdings).moves(c, draws, finite, by_block)
+        return moves
 
-    def _stepping(self) -> Table | None:
-        """The tensors that have a gradient, mostly the same ones in every step."""
-        holdings = [holding for holding in self.holdings if holding.param.grad is not None]
-        if not self._table.serves(holdings):
-            self._table = Table(holdings)
-        return self._table if holdings else None
+    def _look(self, later: bool) -> None:
+        """Find the tensors that have a gradient, mostly the same ones in every step."""
+        stepping = [holding for holding in self.holdings if holding.param.grad is not None]
+        once = [holding for holding in stepping if later and goes_once(holding)]
+        if once:
+            known = {id(holding) for holding in once}
+            stepping = [holding for holding in stepping if id(holding) not in known]
+        if not self._once.serves(once):
+            self._once = Table(once)
+        if not self._twice.serves(stepping):
+            self._twice = Table(stepping)
+        self._looked = True
+
+
+class _InOnePass(NamedTuple):
+    """What is still to be measured and written; see `Moves`."""
+
+    kernel: NativeKernel
+    table: Table
+    c: Coefficients
+    draws: Tensor
+
+    def seek_peaks(self) -> None:
+        """No groups are shared."""
+
+    def write(self) -> None:
+        """See `Table.step`."""
+        all_finite = self.table.step(self.c, self.draws)
+        self.kernel.finite = bool(self.kernel.finite) and all_finite

@@ -5,7 +5,7 @@ The layouts are those of the structs in tensors.h; the library is asked for thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from amsf_dist.storage.noise import family_of
 from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic
 
-__all__ = ["FORMATS", "PIECE", "RULES", "TILE", "Rows", "rows_of", "serves"]
+__all__ = ["FORMATS", "PIECE", "RULES", "TILE", "Rows", "passes_once", "rows_of", "serves"]
 
 Rows = NDArray[np.void]
 
@@ -83,6 +83,25 @@ def serves(holding: Holding) -> bool:
         and _line_kind(storages[0]) is not None
         and "seed" in holding.group
     )
+
+
+def passes_once(holding: Holding, tiles: Sequence[Rows]) -> bool:
+    """Whether measuring and moving can go tile by tile: every block and every group lies in one.
+
+    Args:
+        holding: one that `serves` accepts.
+        tiles: of its pieces, as `rows_of` gives them.
+    """
+    grouped = isinstance(holding.lines[0].storage, Int8)
+    if len(holding.partitions) > 1:
+        return False
+    for piece, own in zip(holding.layout.pieces, tiles, strict=True):
+        numel = piece.part.blocks.block_numel
+        if piece.part.elementwise or grouped and (numel % GROUP or own["phase"].any()):
+            return False
+        if (own["stop"] - own["start"] != own["num_blocks"] * numel).any():
+            return False
+    return True
 
 
 def rows_of(holding: Holding) -> tuple[Rows, list[Rows]]:

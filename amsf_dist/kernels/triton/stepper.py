@@ -40,6 +40,7 @@ def split(holdings: Sequence[Holding]) -> list[Kernel]:
 class TritonKernel:
     """Steps tensors of a lane whose storages are alike."""
 
+    finite: bool | None = None
     programs = Programs()
 
     def __init__(self, found: Sequence[tuple[Holding, list[list[Stretch]]]]) -> None:
