@@ -61,8 +61,9 @@ struct Fused {
   void (*finish)(const Piece&, const Draws&, Pipeline&);
 };
 
-template <typename Line> inline void store_group(char* to, const Waiting& batch, int g, uint64_t key,
-                                                 const typename Line::Constants& constants) {
+template <typename Line>
+inline void store_group(char* to, const Waiting& batch, int g, uint64_t key,
+                        const typename Line::Constants& constants) {
   Line::store(to + g * GROUP * Line::SIZE, batch.scales, g, batch.gaps + g * GROUP,
               word_at(key, batch.place + g * GROUP), constants);
 }
@@ -75,7 +76,8 @@ template <typename Line> inline char* memory_of(const Piece& p, Pipeline& pipeli
 // Groups that `Storage::store` cannot take: no call within a loop, for which constants would leave
 // their registers.
 template <typename Storage>
-void store_rare(const Piece& p, const Waiting& batch, unsigned rare, const float* values, uint64_t key) {
+void store_rare(const Piece& p, const Waiting& batch, unsigned rare, const float* values,
+                uint64_t key) {
   for (int g = 0; g < GROUPS; ++g) {
     if (!(rare >> g & 1)) continue;
     float sorted[GROUP];

@@ -119,9 +119,6 @@ inline __m512i packed_in_order(__m512i bytes) {
 inline Floats floats(Ints values) { return (Floats)_mm512_cvtepi32_ps((__m512i)values); }
 inline Ints truncated(Floats values) { return (Ints)_mm512_cvttps_epi32((__m512)values); }
 inline Floats root(Floats values) { return (Floats)_mm512_sqrt_ps((__m512)values); }
-inline Floats magnitude(Floats values) {
-  return (Floats)((Ints)values & static_cast<int32_t>(MAGNITUDE));
-}
 
 // The larger magnitude; of a number and a NaN, the number's.
 inline Floats farther(Floats a, Floats b) {
