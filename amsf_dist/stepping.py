@@ -37,7 +37,8 @@ class Stepping(TwoModes):
         """Move the weights by their gradients.
 
         A step whose gradients are not all finite changes nothing and is counted in
-        `skipped_steps`; under sharding see docs/algorithm.md, "Non-finite gradients".
+        `skipped_steps`; under sharding, and with `nonfinite="block"`, see docs/algorithm.md,
+        "Non-finite gradients".
 
         Args:
             closure: evaluates the model anew and gives the loss.
@@ -121,7 +122,10 @@ class Stepping(TwoModes):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps in which a gradient was not finite. Reading it waits for the device."""
+        """Steps in which a gradient was not finite, whatever it held back.
+
+        Reading it waits for the device.
+        """
         return int(self._skipped)
 
     @property
