@@ -97,15 +97,13 @@ class Hyper:
                 )
         elif self.clip == "norm":
             raise ValueError("clip='norm' needs max_norm, the largest norm of all gradients")
-        if self.deterministic and (self.clip in ("norm", "tensor") or self.max_norm is not None):
+        norms = self.clip in ("norm", "tensor") or self.max_norm is not None
+        if self.deterministic and norms:
             raise ValueError(
                 "norms are sums whose bits depend on the number of ranks: with deterministic=True "
                 "use clip='block'"
             )
-
-        if self.nonfinite == "block" and (
-            self.clip in ("norm", "tensor") or self.max_norm is not None
-        ):
+        if self.nonfinite == "block" and norms:
             raise ValueError(
                 "one gradient that is not finite makes the norm so, and no block could move: with "
                 "nonfinite='block' use clip='block'"

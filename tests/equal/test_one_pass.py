@@ -149,8 +149,8 @@ def test_norms_are_refused() -> None:
             AMSF(Shapes(torch.float32), nonfinite="block", **clipping)  # type: ignore[arg-type]
 
 
-def offloaded(sharded: bool) -> tuple[dict[str, Tensor], list[str], int]:
-    """Rows that no shard cuts: nobody waits for another rank's verdict."""
+def on_ranks(world_size: int, blocks: str, nonfinite: str) -> Any:
+    """In step 1 one number of the first layer's gradient is bad, on the rank that has it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -161,30 +161,39 @@ def offloaded(sharded: bool) -> tuple[dict[str, Tensor], list[str], int]:
     launch._call = lambda name, table: (names.append(name), plain(name, table))[1]  # type: ignore
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 32, bias=False))
-    if sharded:
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    optimizer = AMSF(model, lr=0.02, blocks="row", nonfinite="step" if sharded else "block")
+    if world_size > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = AMSF(model, lr=0.02, blocks=blocks, nonfinite=nonfinite)
     for step in range(3):
         model(torch.arange(256.0).view(4, 64) / 64.0).square().mean().backward()
-        if step == 1:
-            for param in model.parameters():
-                local = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
-                if not sharded or torch.distributed.get_rank() == 0:
-                    local[3, 5] = float("nan")  # type: ignore[index]
+        grad = next(model.parameters()).grad
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        if step == 1 and torch.distributed.get_rank() == 0:
+            local[3, 5] = float("nan")  # type: ignore[index]
         optimizer.step()
         optimizer.zero_grad()
-    whole = {
-        name: param.full_tensor() if isinstance(param, DTensor) else param
+    weights = {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach()
         for name, param in model.named_parameters()
     }
-    return {k: v.detach() for k, v in whole.items()}, names, optimizer.skipped_steps
+    return weights, set(names), optimizer.skipped_steps
 
 
-def test_shards_that_cut_no_block_step_in_one_pass() -> None:
-    ((alone, _, skipped),) = run_ranks(1, offloaded, False)
-    assert skipped == 1
-    for found, names, counted in run_ranks(2, offloaded, True):
-        assert set(names) == {"amsf_step"}
-        assert counted <= 1  # a rank counts what it sees
+@pytest.mark.parametrize(
+    ("blocks", "nonfinite", "calls_of_shards"),
+    [
+        ("row", "step", {"amsf_step"}),  # no block is cut: blocks decide whatever is asked for
+        ("row", "block", {"amsf_step"}),
+        ("tensor", "block", {"amsf_measure", "amsf_move"}),  # every block is cut
+    ],
+)
+def test_shards_leave_the_blocks_that_one_process_leaves(
+    blocks: str, nonfinite: str, calls_of_shards: set[str]
+) -> None:
+    ((alone, names, skipped),) = run_ranks(1, on_ranks, 1, blocks, "block")
+    assert names == {"amsf_step"} and skipped == 1
+    for found, names, counted in run_ranks(2, on_ranks, 2, blocks, nonfinite):
+        assert names == calls_of_shards
+        assert counted == 1 if blocks == "tensor" else counted <= 1  # a rank counts what it sees
         for name, weight in found.items():
             torch.testing.assert_close(weight, alone[name], rtol=1e-5, atol=1e-6)

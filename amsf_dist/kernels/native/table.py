@@ -89,12 +89,10 @@ def passes_once(holding: Holding, tiles: Sequence[Rows]) -> bool:
     """Whether measuring and moving can go tile by tile: every block and every group lies in one.
 
     Args:
-        holding: one that `serves` accepts.
+        holding: one that `serves` accepts, cut in one way.
         tiles: of its pieces, as `rows_of` gives them.
     """
     grouped = isinstance(holding.lines[0].storage, Int8)
-    if len(holding.partitions) > 1:
-        return False
     for piece, own in zip(holding.layout.pieces, tiles, strict=True):
         numel = piece.part.blocks.block_numel
         if piece.part.elementwise or grouped and (numel % GROUP or own["phase"].any()):
