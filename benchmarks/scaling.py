@@ -138,6 +138,8 @@ def report(constants: Constants, reduced: Sequence[tuple[int, float]], device: s
     lines = [
         "# A model of cost",
         "",
+        f"    torchrun --nproc-per-node {constants.ranks} benchmarks/scaling.py",
+        "",
         f"Measured on {constants.ranks} ranks, {device}, torch {torch.__version__}:",
         "",
         f"- a copy reads and writes {constants.copy / 1e9:.1f} GB/s on each rank, all at once;",
