@@ -7,6 +7,7 @@ groups before the first step.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from amsf_dist import clipping
 from amsf_dist import state as states
+from amsf_dist.clock import Lately, advance
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
 from amsf_dist.kernels import Grouping, Holding, Kernel, Moves, kernels_for
@@ -24,7 +26,6 @@ from amsf_dist.kernels.holding import WEIGHT, Line, Partition
 from amsf_dist.peaks import GroupPeaks
 from amsf_dist.reduce import BlockSums
 from amsf_dist.rules import RULES, Rule
-from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Flats, copy_into, locate
 from amsf_dist.storage import state_storage, weight_storage
 
@@ -38,6 +39,7 @@ class Lane:
     """Parameters of one group on one device: they share hyper-parameters and counters.
 
     Attributes:
+        lately: what lanes of the group share of a step.
         kernels: that step them; each tensor has one.
     """
 
@@ -46,6 +48,7 @@ class Lane:
     device: torch.device
     holdings: list[Holding]
     counters: states.Counters
+    lately: Lately
     kernels: list[Kernel] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,8 +85,11 @@ class Lane:
             return []
         # Where the host can read the verdict for nothing, a finite step needs no masks.
         verdict = None if host and finite else finite
-        known = finite if everyone_knows else None
-        columns = self.advance(stepping + absent, known, part, last)
+        known = verdict if everyone_knows else None
+        indices = [holding.index for holding in stepping + absent]
+        columns = advance(
+            self.rule, self.group, self.counters.values, indices, self.lately, known, part, last
+        )
         by_block = verdict is not None and not everyone_knows
         # every part rounds with numbers of its own
         draws = self.counters.values["step"] + part * _PARTS_APART
@@ -92,36 +98,6 @@ class Lane:
             for kernel in self.kernels
             for moves in kernel.moves(columns, draws, verdict, by_block)
         ]
-
-    def advance(
-        self, stepping: Sequence[Holding], finite: Tensor | None, part: int = 0, last: bool = True
-    ) -> Coefficients:
-        """Advance the counters of the parameters that step now.
-
-        Args:
-            stepping: those with a gradient.
-            finite: 0-dim bool; where False no counter moves. None: all move.
-            part: see `moves`.
-            last: where False no counter moves either.
-
-        Returns:
-            The rule's scalars: columns over all holdings, as the rule gives them.
-        """
-        by = 1.0 if finite is None else finite.double()
-        tick = torch.zeros(len(self.holdings), dtype=torch.float64, device=self.device)
-        if self.rule.ticks_without_gradient or len(stepping) == len(self.holdings):
-            tick += by
-        else:
-            for holding in stepping:
-                tick[holding.index] += by
-        counters = self.counters.values
-        if not last:
-            counters = {name: vector.clone() for name, vector in counters.items()}
-        begun = (counters["step"] > 0).to(tick)
-        columns = self.rule.advance(counters, tick, self.group)
-        if part or not last:
-            columns = self.rule.part(columns, not part, last, begun)
-        return columns
 
 
 _PARTS_APART = 2.0**32
@@ -216,11 +192,14 @@ def build(
     """
     params = [seat.param for unit in units for seat in unit]
     _drop_replaced(params, state)
-    made = [_unit(unit, state, flats, own_groups) for unit in units]
+    lately: dict[int, Lately] = defaultdict(Lately)
+    made = [_unit(unit, state, flats, own_groups, lately) for unit in units]
     return Plan(made, _signature(params, state))
 
 
-def _unit(seats: Sequence[Seat], state: _State, flats: Flats, own_groups: bool) -> Unit:
+def _unit(
+    seats: Sequence[Seat], state: _State, flats: Flats, own_groups: bool, lately: dict[int, Lately]
+) -> Unit:
     on_device: dict[tuple[int, torch.device], list[Holding]] = {}
     for seat in seats:
         # Frozen parameters cost nothing until they are unfrozen, which makes a new plan.
@@ -229,13 +208,13 @@ def _unit(seats: Sequence[Seat], state: _State, flats: Flats, own_groups: bool) 
             key = id(seat.group), holding.exp_avg_sq.device
             on_device.setdefault(key, []).append(holding)
     lanes = []
-    for (_, device), holdings in on_device.items():
+    for (number, device), holdings in on_device.items():
         for index, holding in enumerate(holdings):
             holding.index = index
         group, rule = holdings[0].group, holdings[0].rule
         own = [state[holding.param] for holding in holdings]
         counters = states.Counters(states.counters_of(group), own, device)
-        lanes.append(Lane(group, rule, device, holdings, counters))
+        lanes.append(Lane(group, rule, device, holdings, counters, lately[number]))
     exact = any(seat.group["deterministic"] for seat in seats)
     held = [holding for lane in lanes for holding in lane.holdings]
     sums = (ExactBlockSums if exact else BlockSums)(held, own_groups)

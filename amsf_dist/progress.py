@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amsf_dist.kernels.choice import on_host
 from amsf_dist.plan import Plan, Unit
 
 __all__ = ["Progress"]
@@ -90,13 +91,15 @@ class Progress:
         self._waits[id(unit)] -= 1
         return unit if not self._waits[id(unit)] else None
 
-    def verdict(self, finite: Tensor, everyone_knows: bool) -> tuple[Tensor, Tensor]:
+    def verdict(self, finite: Tensor, everyone_knows: bool) -> tuple[Tensor, Tensor | int]:
         """Whether a unit may move, and whether it is the first of the step that may not.
 
         Args:
             finite: 0-dim bool, of the unit's gradients.
             everyone_knows: whether all ranks have it; only then does it hold up later units.
         """
+        if self._bad is None and on_host(finite.device) and finite:
+            return finite, 0
         before = torch.zeros_like(finite) if self._bad is None else self._bad.to(finite.device)
         bad = finite.logical_not()
         if everyone_knows:

@@ -24,6 +24,7 @@ FLOORS = (
         "exact",
         "peaks",
         "state",
+        "clock",
         "plan",
         "audit",
         "groups",

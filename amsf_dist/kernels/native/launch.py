@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +53,9 @@ class _Known(NamedTuple):
 class Table:
     """Tensors of a lane that step together, all of a kind that `serves` accepts.
 
-    Addresses are read anew in every step: wrappers put other memory under a parameter. Everything
-    else is by columns, because microseconds for a tensor are many where tensors are small.
+    Addresses are looked at anew in every step: wrappers put other memory under a parameter. Rows
+    stay as they are while the addresses do, and everything else is by columns, because microseconds
+    for a tensor are many where tensors are small.
     """
 
     def __init__(self, holdings: Sequence[Holding]) -> None:
@@ -63,28 +63,29 @@ class Table:
         self.holdings = holdings
         self._known = [_known(holding) for holding in holdings]
         counts = [one.num_pieces for one in self._known]
-        self._rows = b"".join([one.rows for one in self._known])
         self._owner = np.repeat(np.arange(len(holdings)), counts)
         self._index = np.repeat([holding.index for holding in holdings], counts)
         ends = np.cumsum(counts).tolist()
         self._span = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         self._agreeing = [i for i, one in enumerate(self._known) if one.agrees]
-        # tensors that stay, and the one memory of theirs that stays; those of a lane may differ in
-        # dtype, and so in storage
-        self._sums = self._spread([holding.sums for holding in holdings])
-        self._moments = [holding.exp_avg_sq for holding in holdings]
-        self._lines = [holding.lines[0].tensors[0] for holding in holdings]
-        self._errors = _first([holding.errors for holding in holdings])
-        self._scales = _first([holding.lines[0].tensors[1:] for holding in holdings])
+        # of a step's rows: a column for each, tensors in the order of the holdings. Those of a lane
+        # may differ in dtype, and so in storage
+        self._kept = {
+            "line": [holding.lines[0].tensors[0] for holding in holdings],
+            "error": _first([holding.errors for holding in holdings]),
+            "scales": _first([holding.lines[0].tensors[1:] for holding in holdings]),
+            "moments": [holding.exp_avg_sq for holding in holdings],
+            "sums": [holding.sums for holding in holdings],
+        }
+        self._beside = [tensor for tensors in self._kept.values() for tensor in tensors]
+        self._addresses: list[int] = []
+        self._rows = np.zeros(0, PIECE)
+        self._scratch = np.zeros(0, np.float32)
         self._measured: tuple[Rows, list[bool]] | None = None
 
-    def serves(self, holdings: Sequence[Holding]) -> bool:
-        """Whether it is the table of these, as they are now."""
-        return (
-            len(holdings) == len(self.holdings)
-            and all(map(is_, holdings, self.holdings))
-            and (not holdings or _key(holdings[0]) == self._known[0].key)
-        )
+    def is_current(self) -> bool:
+        """Whether it was made from the hyper-parameters as they are now."""
+        return not self.holdings or _key(self.holdings[0]) == self._known[0].key
 
     def measure(self) -> bool:
         """Add grad**2 of every block to its partition's sums; see `reference.sum_of_squares`.
@@ -92,7 +93,7 @@ class Table:
         Returns:
             Whether these sums are all finite.
         """
-        self._measured = table, straight = self._with_gradients()
+        self._measured = table, straight = self._of_step()
         alive: list[Tensor] = []
         for i, holding in enumerate(self.holdings):
             if straight[i] and len(holding.partitions) == 1:
@@ -138,57 +139,63 @@ class Table:
     def _call_with_all(
         self, name: str, c: Coefficients, draws: Tensor, scaled: dict[int, Move]
     ) -> int:
-        holdings, known = self.holdings, self._known
-        table, straight = self._measured or self._with_gradients()
+        table, straight = self._measured or self._of_step()
         self._measured = None
-        weights = [
-            holding.param if one.whole else holding.memory(holding.param)
-            for holding, one in zip(holdings, known, strict=True)
-        ]
-        table["weight"] = self._spread(weights)
-        table["line"] = self._spread(self._lines)
-        table["error"] = self._spread(self._errors)
-        table["scales"] = self._spread(self._scales)
-        table["moments"] += self._spread(self._moments)
         copies: list[tuple[Opened, Holding, Piece]] = []
-        for i, holding in enumerate(holdings):
-            if not (straight[i] and weights[i].is_contiguous()):
+        for i, holding in enumerate(self.holdings):
+            if not straight[i]:
                 for row, piece in zip(table[self._span[i]], holding.layout.pieces, strict=True):
                     copies.append((Opened(holding, piece), holding, piece))
                     _open(row, copies[-1][0])
-        alive = [_share(table[self._span[i]], holdings[i], known[i], scaled[i]) for i in scaled]
-        before = table["scales_before"]  # set where it is a copy
-        table["scales_before"] = np.where(before == 0, table["scales"], before)
+        alive = [
+            _share(table[self._span[i]], self.holdings[i], self._known[i], scaled[i])
+            for i in scaled
+        ]
         self._set_scalars(table, c, draws)
-        own = np.where(table["scaled"] == 0, table["num_blocks"] * (table["elementwise"] == 0), 0)
-        scratch = np.empty(int(own.sum()), np.float32)
-        starts = (scratch.ctypes.data + 4 * (np.cumsum(own) - own)).astype(np.uint64)
-        table["scale"] = np.where(table["scaled"] == 0, starts, table["scale"])
         result = _call(name, table)
         del alive
         for opened, holding, piece in copies:
             opened.put_back(holding, piece)
         return result
 
-    def _with_gradients(self) -> tuple[Rows, list[bool]]:
-        """Rows of a step, and of which tensors their gradients can be read where they are."""
-        gradients = []
+    def _of_step(self) -> tuple[Rows, list[bool]]:
+        """This step's rows, and which tensors can be read and written where they are."""
+        weights, gradients = [], []
         for holding, one in zip(self.holdings, self._known, strict=True):
-            gradient = holding.param.grad
+            weight, gradient = holding.param, holding.param.grad
             assert gradient is not None
+            weights.append(weight if one.whole else holding.memory(weight))
             gradients.append(gradient if one.whole else holding.memory(gradient))
-        table = np.frombuffer(bytearray(self._rows), PIECE)
-        table["sums"] += self._sums
+        addresses = [tensor.data_ptr() for tensor in [*weights, *self._beside]]
+        if addresses != self._addresses:
+            self._rows, self._addresses = self._placed(weights), addresses
+        table = self._rows
+        straight = [
+            one.flat and weight.is_contiguous() and gradient.is_contiguous()
+            for one, weight, gradient in zip(self._known, weights, gradients, strict=True)
+        ]
+        if self._agreeing or not all(straight):
+            table = table.copy()  # which they will change
         table["gradient"] = self._spread(gradients)
         formats = [FORMATS[gradient.dtype] for gradient in gradients]
         table["gradient_format"] = np.array(formats, np.int32)[self._owner]
-        both = zip(self._known, gradients, strict=True)
-        return table, [one.flat and gradient.is_contiguous() for one, gradient in both]
+        return table, straight
 
-    def _spread(self, tensors: Sequence[Tensor]) -> NDArray[np.uint64] | int:
-        """[pieces] where each piece's tensor begins; 0: there are no such tensors."""
-        if not tensors:
-            return 0
+    def _placed(self, weights: Sequence[Tensor]) -> Rows:
+        """Rows with all addresses but those of the gradients."""
+        rows = np.frombuffer(bytearray(b"".join([one.rows for one in self._known])), PIECE)
+        rows["weight"] = self._spread(weights)
+        for name, tensors in self._kept.items():
+            if tensors:
+                rows[name] += self._spread(tensors)  # to where a piece begins
+        rows["scales_before"] = rows["scales"]
+        own = rows["num_blocks"] * (rows["elementwise"] == 0)
+        self._scratch = np.empty(int(own.sum()), np.float32)
+        rows["scale"] = self._scratch.ctypes.data + 4 * (np.cumsum(own) - own)
+        return rows
+
+    def _spread(self, tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
+        """[pieces] where each piece's tensor begins."""
         return np.array([tensor.data_ptr() for tensor in tensors], np.uint64)[self._owner]
 
     def _set_scalars(self, table: Rows, c: Coefficients, draws: Tensor) -> None:
@@ -202,6 +209,7 @@ class Table:
         table["eps"], table["clips_blocks"] = column(c.eps), c.clip_blocks
         table["step"] = column(draws)
         table["factor"] = 1.0
+        table["scales_gradient"] = 0
         if any(holding.factor is not None for holding in self.holdings):
             factors = [h.factor for h in self.holdings]
             table["scales_gradient"] = np.array([f is not None for f in factors])[self._owner]
@@ -240,13 +248,8 @@ def _first(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def goes_once(holding: Holding) -> bool:
-    """Whether this step can measure and move it in one pass."""
-    known, gradient = _known(holding), holding.param.grad
-    if not known.once or gradient is None:
-        return False
-    if known.whole:
-        return gradient.is_contiguous() and holding.param.is_contiguous()
-    return holding.gradient.is_contiguous() and holding.memory(holding.param).is_contiguous()
+    """Whether it can be measured and moved in one pass."""
+    return _known(holding).once
 
 
 def _key(holding: Holding) -> tuple[Any, ...]:
@@ -279,7 +282,7 @@ def _open(row: np.void, opened: Opened) -> None:
     row["gradient"] = opened.gradient.data_ptr()
     row["weight"], row["line"] = opened.weight[0].data_ptr(), line[0].data_ptr()
     row["error"] = opened.weight[1].data_ptr() if len(opened.weight) > 1 else 0
-    row["scales"] = line[1].data_ptr() if len(line) > 1 else 0
+    row["scales"] = row["scales_before"] = line[1].data_ptr() if len(line) > 1 else 0
     row["gradient_format"] = FORMATS[opened.gradient.dtype]
 
 

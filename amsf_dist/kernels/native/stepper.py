@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,7 +35,8 @@ class NativeKernel:
         self.holdings = holdings
         self.finite: bool | None = True
         self._twice = self._once = Table(())
-        self._looked = False
+        self._looked = self._later = False
+        self._stepping: list[Holding] = []
 
     def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
@@ -60,15 +62,14 @@ class NativeKernel:
     def _look(self, later: bool) -> None:
         """Find the tensors that have a gradient, mostly the same ones in every step."""
         stepping = [holding for holding in self.holdings if holding.param.grad is not None]
-        once = [holding for holding in stepping if later and goes_once(holding)]
-        if once:
-            known = {id(holding) for holding in once}
-            stepping = [holding for holding in stepping if id(holding) not in known]
-        if not self._once.serves(once):
-            self._once = Table(once)
-        if not self._twice.serves(stepping):
-            self._twice = Table(stepping)
         self._looked = True
+        alike = later == self._later and len(stepping) == len(self._stepping)
+        if alike and all(map(is_, stepping, self._stepping)):
+            if self._once.is_current() and self._twice.is_current():
+                return
+        self._later, self._stepping = later, stepping
+        self._once = Table([h for h in stepping if later and goes_once(h)])
+        self._twice = Table([h for h in stepping if not (later and goes_once(h))])
 
 
 class _InOnePass(NamedTuple):
