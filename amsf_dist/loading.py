@@ -205,6 +205,9 @@ def _check(holding: Holding, ours: Mapping[str, Any], saved: Mapping[str, Any]) 
     name = holding.name or "a parameter"
     scales = [portable.scale_key(line) for line in holding.rule.lines]
     moments = {partition.key: partition for partition in holding.partitions}
+    for line in holding.rule.lines:
+        if isinstance(saved.get(line), Tensor):
+            portable.refuse_codes_alone(name, line, saved[line].dtype, saved)
     for key, value in ours.items():
         if key == STASH or (key not in saved and key in holding.error_keys):
             continue  # weights saved without error bits are those weights

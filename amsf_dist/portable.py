@@ -7,7 +7,7 @@ gather that. It is read back into groups cut otherwise, or into another storage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,26 @@ from amsf_dist.shards import copy_into
 from amsf_dist.storage import Int8
 from amsf_dist.storage.grouped import SCALE_DTYPE, decode
 
-__all__ = ["copy_line", "scale_key", "spread_scales", "take_line_"]
+__all__ = ["copy_line", "refuse_codes_alone", "scale_key", "spread_scales", "take_line_"]
 
 
 def scale_key(line: str) -> str:
     """The state dict's key of a line's scales."""
     return Int8().keys(line)[1]
+
+
+def refuse_codes_alone(name: str, line: str, dtype: torch.dtype, saved: Container[str]) -> None:
+    """Before a line is read.
+
+    Raises:
+        ValueError: it is in codes, and what is needed to read them is not there.
+    """
+    if dtype == torch.int8 and scale_key(line) not in saved:
+        raise ValueError(
+            f"{name}: {line!r} was saved in int8 without {scale_key(line)!r}, by a version whose "
+            "codes mean something else; load it with that version and state_storage='bf16', and "
+            "save it anew"
+        )
 
 
 def spread_scales(holding: Holding) -> dict[str, Tensor]:

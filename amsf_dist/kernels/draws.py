@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.tiles import Tile
 from amsf_dist.rules.protocol import Scalar
 from amsf_dist.shards import Piece
+from amsf_dist.storage import Draw
 from amsf_dist.storage.noise import bits, stream_of
 
 __all__ = ["Draws", "stream_of_piece"]
@@ -31,19 +31,18 @@ class Draws:
         self._device = holding.exp_avg_sq.device
         self._piece, self._step = piece, step if isinstance(step, Tensor) else int(step)
 
-    def of(self, role: str, tile: Tile) -> Callable[[], Tensor]:
-        """What draws [tile numel] int32 random bits.
+    def of(self, role: str, tile: Tile) -> Draw:
+        """What draws for a tile's numbers.
 
         Args:
             role: "weight", or the name of the line that is rounded.
             tile: of the piece's flat line.
         """
 
-        def draw() -> Tensor:
+        def draw(count: int) -> Tensor:
             places = self._piece.places(tile.start, tile.stop, self._device)
-            return bits(
-                places, self._seed, self._step, stream_of_piece(self._piece.part.name, role)
-            )
+            stream = stream_of_piece(self._piece.part.name, role)
+            return bits(places, self._seed, self._step, stream, count)
 
         return draw
 

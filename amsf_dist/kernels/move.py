@@ -103,7 +103,8 @@ class Move:
             for tile in group.parts:
                 moved = self._moved(group.piece, opened[group.piece], tile)
                 for peak, values in zip(holding.peaks, moved.lines, strict=True):
-                    largest = values.abs().nan_to_num_(0.0, 0.0, 0.0).max()
+                    # infinite, since a maximum over ranks may pass over NaN
+                    largest = values.abs().nan_to_num_(torch.inf, torch.inf).max()
                     peak[index] = torch.maximum(peak[index], largest.to(peak.dtype))
 
     def write(self) -> None:

@@ -17,9 +17,9 @@ __all__ = ["RULE", "ScheduleFree"]
 class _Coefficients(NamedTuple):
     lr: Scalar
     average: Scalar  # beta1 * ckp1
-    direct: Scalar  # (1 - beta1) * lr
+    direct: float  # 1 - beta1
     keep: Scalar  # 1 - ckp1
-    decay: float  # weight decay per unit of lr
+    decay: Scalar  # weight decay times lr
     carry2: float  # beta2, or 1 in a step that has begun
     fresh2: float  # 1 - beta2
     bias_correction2: Scalar
@@ -53,9 +53,9 @@ class ScheduleFree(BlockMoments):
         return _Coefficients(
             lr=lr,
             average=beta1 * ckp1,
-            direct=(1.0 - beta1) * lr,
+            direct=1.0 - beta1,
             keep=1.0 - ckp1,
-            decay=decay,
+            decay=decay * lr,
             carry2=beta2,
             fresh2=1.0 - beta2,
             bias_correction2=1.0 - beta2**step,
@@ -78,8 +78,8 @@ class ScheduleFree(BlockMoments):
         if not first:
             c = c._replace(carry2=1.0, decay=0.0)
         if not last:
-            lr, direct = c.lr * begun, c.direct * begun
-            c = c._replace(lr=lr, direct=direct, average=0.0, keep=1.0)
+            lr, decay = c.lr * begun, c.decay * begun
+            c = c._replace(lr=lr, decay=decay, average=0.0, keep=1.0)
         return c
 
     def move(
@@ -93,10 +93,10 @@ class ScheduleFree(BlockMoments):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """docs/algorithm.md (6) to (8)."""
         (gap,) = lines
-        update = grad * scale
+        update = grad * (c.lr * scale)
         if decays:
             update = update + c.decay * weight
-        gap = gap + c.lr * update
+        gap = gap + update
         weight = weight - c.average * gap - c.direct * update
         return weight, (c.keep * gap,)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from amsf_dist.storage.grouped import GROUP, decode, encode, highest
+from amsf_dist.storage.grouped import CUT_BITS, GROUP, decode, encode, highest
 from amsf_dist.storage.protocol import Draw, Groups, zeros
 
 __all__ = ["Int8"]
@@ -26,8 +26,8 @@ class Int8:
     group: ClassVar[int] = GROUP
 
     def keys(self, line: str) -> tuple[str, ...]:
-        """Two entries."""
-        return line, f"{line}_scale"
+        """Two entries: codes and scales; "_scale" was the second one's name under another code."""
+        return line, f"{line}_base"
 
     def allocate(self, line: str, like: Tensor) -> dict[str, Tensor]:
         """The codes, zero."""
@@ -65,7 +65,7 @@ class Int8:
         assert groups is not None
         codes, scales = tensors
         rows = _by_group(values.to(torch.float32), groups.phase)
-        bits = None if draw is None else _by_group(draw(), groups.phase)
+        bits = None if draw is None else _by_group(draw(CUT_BITS), groups.phase)
         here = slice(groups.first, groups.first + len(rows))
         coded, found = encode(rows, bits, _peaks(groups, scales[here]))
         codes[span].copy_(coded.view(-1)[groups.phase : groups.phase + values.numel()])

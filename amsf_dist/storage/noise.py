@@ -7,13 +7,18 @@ A published generator twice, java.util.SplittableRandom (Steele, Lea and Flood, 
 pseudorandom number generators", OOPSLA 2014):
 
     key  = number `step` of nextLong() of SplittableRandom(mix64(seed) ^ stream)    one per step
-    word = number `index // 4` of nextLong() of SplittableRandom(key)       one for four elements
-    bits = 16 bits of it, the lowest for the first of the four                   one per element
+    word = number `index // 8` of nextLong() of SplittableRandom(key)      one for eight elements
+    bits = 16 bits of it, the lowest for the first of the eight, the next for the second; of the
+           word rotated left by 8 for the last four                              one per element
+
+The higher 8 bits of an element are nobody else's higher 8 bits: eight elements round up or down
+independently, but for one case in 256. Who asks for 17 bits gets one that is a neighbour's too: 0
+to 16 of the word, 15 to 31, 32 to 48, 47 to 63.
 
 Number n of a seed is a 64-bit finalizer (Stafford's variant 13 of MurmurHash3's) of
-seed + (n + 1) * GAMMA: access is random. What knows that its elements are neighbours has four of
-them for 9 integer operations, three of them multiplications; no table, no division, no host. 16
-bits are what bf16 cuts off, so nothing finer is needed. Not for secrets.
+seed + (n + 1) * GAMMA: access is random. What knows that its elements are neighbours has eight
+of them for 12 integer operations, three of them multiplications; no table, no division, no host. 16
+bits are what bf16 cuts off, 17 what int8 does, so nothing finer is needed. Not for secrets.
 """
 
 from __future__ import annotations
@@ -49,8 +54,8 @@ def stream_of(name: str, role: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def bits(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
-    """16 random bits per element.
+def bits(index: Tensor, seed: int, step: int | Tensor, stream: int, count: int = 16) -> Tensor:
+    """Random bits per element.
 
     Args:
         index: [...] int64, places of the elements in the whole parameter's line; not changed.
@@ -58,13 +63,14 @@ def bits(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
         step: an int; or 0-dim int64 or fp64 (a whole number), on the device of `index` or on the
             host, which is not read.
         stream: from `stream_of`, modulo 2**64.
+        count: of bits, 16 or 17.
 
     Returns:
-        [...] int32, every one of 0 to 65,535 equally likely.
+        [...] int32, every one of 0 to 2**count - 1 equally likely.
     """
     family = family_of(seed, stream)
     # int64 wraps when it overflows, and `>>` repeats the sign: hence a mask after every shift
-    word = (index >> 2).mul_(GAMMA)
+    word = (index >> 3).mul_(GAMMA)
     if isinstance(step, Tensor):
         word += _number(family, step.to(torch.int64)) + GAMMA
     else:
@@ -74,8 +80,13 @@ def bits(index: Tensor, seed: int, step: int | Tensor, stream: int) -> Tensor:
         torch.bitwise_right_shift(word, shift, out=shifted)
         word ^= shifted.bitwise_and_((1 << 64 - shift) - 1)
         word *= factor
-    word >>= torch.bitwise_and(index, 3, out=shifted).mul_(16)
-    return word.to(torch.int32).bitwise_and_(0xFFFF)
+    rotated = (word >> 56).bitwise_and_(0xFF).bitwise_or_(word << 8)
+    word = torch.where((index & 4).bool(), rotated, word)
+    torch.bitwise_and(index, 3, out=shifted).mul_(16)
+    if count == 17:
+        shifted -= index & 1
+    word >>= shifted
+    return word.to(torch.int32).bitwise_and_((1 << count) - 1)
 
 
 def family_of(seed: int, stream: int) -> int:

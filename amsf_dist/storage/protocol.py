@@ -10,8 +10,8 @@ from torch import Tensor
 
 __all__ = ["Draw", "Groups", "Storage", "zeros"]
 
-Draw = Callable[[], Tensor]
-"""Gives [span numel] int32 random bits for the numbers being stored (noise.py)."""
+Draw = Callable[[int], Tensor]
+"""Gives [span numel] int32 random bits for the numbers being stored, 16 or 17 each (noise.py)."""
 
 
 class Groups(NamedTuple):

@@ -36,7 +36,7 @@ class Stochastic(Plain):
     ) -> None:
         """Round at random, or to nearest without a draw, and write."""
         if draw is not None:
-            values = round_at_random(values.to(torch.float32), self.dtype, draw())
+            values = round_at_random(values.to(torch.float32), self.dtype, draw(16))
         tensors[0][span].copy_(values)
 
 

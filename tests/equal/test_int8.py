@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,21 @@ def test_memory_is_a_byte_and_a_64th_of_two() -> None:
     assert optimizer.memory()["gap"] == numel + 2 * numel // 64
     (row,) = optimizer.explain().rows
     assert row.state_bytes == numel + 2 * numel // 64 + 4 * 128
+
+
+def test_codes_whose_scales_have_another_name_are_refused_and_change_nothing() -> None:
+    param = nn.Parameter(torch.ones(4, 64))
+    optimizer = AMSF([("w", param)], state_storage="int8")
+    param.grad = torch.rand(4, 64)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    entries = saved["state"][0]
+    entries["gap_scale"] = entries.pop("gap_base")  # as before the code of now
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="'gap' was saved in int8 without.*state_storage='bf16'"):
+        optimizer.load_state_dict(saved)
+    for key, value in before["state"][0].items():
+        assert torch.equal(optimizer.state_dict()["state"][0][key], value)
 
 
 def replaced(shape: str) -> Any:

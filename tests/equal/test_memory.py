@@ -202,7 +202,7 @@ def without_tiles() -> Iterator[None]:
 
 
 KEYS = {
-    "gap": ("gap", "gap_scale"),
+    "gap": ("gap", "gap_base"),
     "exp_avg": ("exp_avg",),
     "exp_avg_sq": ("exp_avg_sq",),
     "error_bits": ("weight_error",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -288,19 +289,20 @@ def test_draws_are_those_of_the_reference() -> None:
     import triton.language as tl
 
     @triton.jit
-    def draw(out, given, steps, ALIGNED: tl.constexpr):
+    def draw(out, given, steps, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
         offsets = tl.arange(0, 2)[:, None] * 64 + tl.arange(0, 64)[None, :]
         key = noise.key_of(tl.load(given), tl.load(steps).to(tl.int64))
-        tl.store(out + offsets, noise.random_bits(key, tl.load(given + 1), offsets, ALIGNED))
+        drawn = noise.random_bits(key, tl.load(given + 1), offsets, COUNT, ALIGNED)
+        tl.store(out + offsets, drawn)
 
     for seed, step, place in [(0, 1, 0), (7, 123456, 2**40 + 3), (2**63 + 5, 2**33, 2**31 - 8)]:
         stream = stream_of("model.layers.3.mlp.up_proj.weight", "gap")
         given = torch.tensor([family_of(seed, stream), place])
-        expected = bits(torch.arange(place, place + 128), seed, step, stream)
-        for aligned in (False, True) if place % 4 == 0 else (False,):
+        for count, aligned in product((16, 17), (False, True) if place % 8 == 0 else (False,)):
             out = torch.zeros(128, dtype=torch.int32)
             steps = torch.tensor([step], dtype=torch.float64)
-            draw[(1,)](out, given, steps, ALIGNED=aligned)
+            draw[(1,)](out, given, steps, COUNT=count, ALIGNED=aligned)
+            expected = bits(torch.arange(place, place + 128), seed, step, stream, count)
             assert torch.equal(out, expected)
 
 

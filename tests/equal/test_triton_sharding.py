@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU benchmarks/gpu_suite.py checks"
 )
 
-SHAPES = ((6, 64), (5, 128), (64,), (7,), (4, 70))
+SHAPES = ((6, 64), (5, 128), (64,), (7,), (4, 70), (9, 4))  # the last: place 20, 16 numbers
 CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
     # ranks, sharded dim, options, kernels
     (2, 0, {"blocks": "row"}, ["TritonKernel"]),
@@ -33,6 +33,7 @@ CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
     (2, 1, {"blocks": "row"}, ["TritonKernel"]),
     (2, 1, {"blocks": "row", "weight_storage": "stochastic"}, ["TritonKernel"]),  # few rows
     (2, 0, {"blocks": "row", "state_storage": "int8"}, ["Reference", "TritonKernel"]),
+    (2, 0, {"blocks": "row", "weight_storage": "stochastic"}, ["TritonKernel"]),
     (2, 0, {"blocks": "factored", "clip": "block"}, ["TritonKernel"]),
     (2, 1, {"blocks": "factored"}, ["Reference", "TritonKernel"]),  # parts of rows
     (3, 0, {"blocks": "factored", "state_storage": "int8"}, ["Reference", "TritonKernel"]),

@@ -114,7 +114,7 @@ def test_small_updates_arrive_on_average() -> None:
     update, ulp = 1e-5, 2.0**-7
     for step in range(steps):
         for line, draw in (
-            (rounded, lambda step=step: bits(torch.arange(count), 0, step, 1)),
+            (rounded, lambda width, step=step: bits(torch.arange(count), 0, step, 1, width)),
             (plain, None),
         ):
             before = storage.load((line,), EVERYTHING, torch.float32)
@@ -135,7 +135,7 @@ def test_without_a_draw_it_is_plain(dtype: torch.dtype) -> None:
 
 
 def test_plain_asks_for_no_draw() -> None:
-    def draw() -> Tensor:
+    def draw(count: int) -> Tensor:
         raise AssertionError("a draw costs time")
 
     for name in ("native", "kahan", "bf16+8", "bf16+16"):

@@ -14,7 +14,7 @@ from amsf_dist.integrations.deepspeed.weights import copy_weights
 from amsf_dist.kernels import Holding
 from amsf_dist.loading import FIXED
 from amsf_dist.optimizer import AMSF
-from amsf_dist.portable import scale_key, take_line_
+from amsf_dist.portable import refuse_codes_alone, scale_key, take_line_
 from amsf_dist.shards import Flats
 from amsf_dist.storage.grouped import SCALE_DTYPE
 
@@ -110,7 +110,11 @@ def _copy_line(
 ) -> None:
     name = holding.rule.lines[index]
     memory = holding.memory(holding.param)
-    codes = any(scale_key(name) in part.lines for part in saved.fragments[records[0]["name"]])
+    parts = saved.fragments[records[0]["name"]]
+    for part in parts:
+        if name in part.lines:
+            refuse_codes_alone(records[0]["name"], name, part.lines[name].dtype, part.lines)
+    codes = any(scale_key(name) in part.lines for part in parts)
     values = torch.zeros_like(memory, dtype=torch.int8 if codes else holding.compute_dtype)
     scales = torch.zeros_like(memory, dtype=SCALE_DTYPE) if codes else None
     for record in records:

@@ -3,8 +3,8 @@
 // same arithmetic as in move.h and storages.h, to the bit.
 //
 // What is rare goes back to the stages: a batch that is not whole, whose groups are cut by blocks,
-// or that begins within four numbers that share a random word; a NaN in the stored gap; a new gap
-// that is not finite. So the loops here have no branches.
+// or that begins within eight numbers that share a random word; a new gap that is not finite. So the
+// loops here have no branches.
 #pragma once
 
 #include "gaps.h"
@@ -50,6 +50,7 @@ struct Pipeline {
   Waiting batches[2];
   alignas(64) char nowhere[BATCH * 2];
   bool turn = false;
+  Later* later = nullptr;
 
   Waiting& now() { return batches[turn]; }
   Waiting& before() { return batches[!turn]; }
@@ -81,9 +82,9 @@ void store_rare(const Piece& p, const Waiting& batch, unsigned rare, const float
   for (int g = 0; g < GROUPS; ++g) {
     if (!(rare >> g & 1)) continue;
     float sorted[GROUP];
-    Drawn16 drawn;
+    typename Storage::RareBits drawn;
     in_line(values + g * GROUP, sorted);
-    const uint16_t* bits = drawn.at(key, batch.place + g * GROUP, GROUP);
+    const auto* bits = drawn.at(key, batch.place + g * GROUP, GROUP);
     Storage::store_rare(p, batch.at + g * GROUP, batch.group + g, sorted, bits);
   }
 }
@@ -108,16 +109,15 @@ template <int SIZE> inline void fetch_group(const void* memory, int64_t at) {
 template <typename Weight, typename Line, bool DECAYS, bool COLUMNS> struct Mover {
   const Piece& p;
   const Draws& draws;
-  const Floats lr = all(p.a), average = all(p.b), direct = all(p.c), keep = all(p.d),
-               decay = all(p.e);
+  const Floats average = all(p.b), direct = all(p.c), keep = all(p.d), decay = all(p.e);
   const typename Weight::Constants for_weights = {};
   const typename Line::Constants for_lines = {};
 
   // Moves a batch, and stores the gaps of the one before.
   __attribute__((always_inline)) void batch(const Factors& factors, Waiting& now,
-                                            const Waiting& before, char* to) const {
-    float units[GROUPS] = {};
-    Line::find_units(p, now.group, units);
+                                            const Waiting& before, char* to,
+                                            const char* later) const {
+    const Scales scales = Line::scales_before(p, now.group);
     Ints tops[GROUPS];
     unsigned rare = 0;
     alignas(64) float aside[BATCH];
@@ -128,13 +128,14 @@ template <typename Weight, typename Line, bool DECAYS, bool COLUMNS> struct Move
       fetch_group<Weight::SIZE>(p.weight, at);
       fetch_group<Weight::ERROR_SIZE>(p.error, at);
       fetch_group<Line::SIZE>(p.line, at);
-      const typename Line::Units unit(units[g]);
-      const Floats scale = all(factors.blocks[g]);
+      fetch<3>(later + g * GROUP * Weight::SIZE, GROUP * Weight::SIZE);
+      const float lr = p.a, scale = factors.blocks[g];
+      const Floats both = all(lr * scale);
       Floats weights[QUARTERS], gaps[QUARTERS];
       const auto moved = [&](int k, Floats weight, Floats gradient, Floats gap, Floats factor) {
         Floats update = gradient * factor;
         if (DECAYS) update = update + decay * weight;
-        gap = gap + lr * update;
+        gap = gap + update;
         weight = weight - average * gap;
         weights[k] = weight - direct * update;
         gaps[k] = keep * gap;
@@ -143,12 +144,12 @@ template <typename Weight, typename Line, bool DECAYS, bool COLUMNS> struct Move
 #pragma GCC unroll 2  // what is indexed by k lives in registers then
       for (int k = 0; k < QUARTERS; k += 2) {
         const int64_t here = at + k * PAIRS;
-        const Two weight = Weight::load(p, here), gap = Line::load(p, here, unit),
+        const Two weight = Weight::load(p, here), gap = Line::load(p, here, scales, g),
                   gradient = Weight::gradient(p, here);
-        Two factor = {scale, scale};
+        Two factor = {both, both};
         if (COLUMNS) {
           const Two column = parted(factors.columns[g] + k * PAIRS);
-          factor = {scale * column.even, scale * column.odd};
+          factor = {lr * (scale * column.even), lr * (scale * column.odd)};
         }
         moved(k, weight.even, gradient.even, gap.even, factor.even);
         moved(k + 1, weight.odd, gradient.odd, gap.odd, factor.odd);
@@ -167,15 +168,16 @@ template <typename Weight, typename Line, bool DECAYS, bool COLUMNS> struct Move
 
   __attribute__((always_inline)) int64_t batches(const Tile& tile, int64_t at,
                                                  Pipeline& pipeline) const {
-    if ((draws.place + at - tile.start) % 4) return at;
+    if ((draws.place + at - tile.start) % 8) return at;
     for (; at + BATCH <= tile.stop; at += BATCH) {
       Factors factors;
-      if (!factors_of(p, tile, at, factors) || !Line::usual(p, at)) return at;
+      if (!factors_of(p, tile, at, factors)) return at;
       Waiting &now = pipeline.now(), &before = pipeline.before();
       now.at = at, now.any = true;
       now.group = tile.first_group + (at - tile.start + tile.phase) / GROUP;
       now.place = draws.place + at - tile.start;
-      batch(factors, now, before, memory_of<Line>(p, pipeline));
+      const char* later = pipeline.later->next(BATCH * Weight::SIZE, pipeline.nowhere);
+      batch(factors, now, before, memory_of<Line>(p, pipeline), later);
       if (__builtin_expect(before.any && before.rare, 0))
         store_rare<Line>(p, before, before.rare, before.gaps, draws.line);
       before.any = false;
@@ -216,7 +218,9 @@ inline Fused fused_for(const Piece& p) {
 
 #else  // AMSF_VECTORS
 
-struct Pipeline {};
+struct Pipeline {
+  Later* later = nullptr;
+};
 struct Fused {
   int64_t (*move)(const Piece&, const Tile&, int64_t, const Draws&, Pipeline&);
   void (*finish)(const Piece&, const Draws&, Pipeline&);

@@ -1,7 +1,6 @@
 // The rule's line for fused.h: what storages.h does, for a group at a time.
 //
-// `usual` says whether a batch can be read here, `STORABLE` is the largest magnitude's pattern that
-// `store` takes; `store_rare` takes all.
+// `STORABLE` is the largest magnitude's pattern that `store` takes; `store_rare` takes all.
 #pragma once
 
 #include "groups.h"
@@ -10,9 +9,18 @@
 
 namespace amsf {
 
-// What groups of 8 bits are stored with.
+// Scales of a batch's groups: their patterns, and as two halves the upper ones of these.
 struct Scales {
-  alignas(16) float unit[GROUPS], inverse[GROUPS], part[GROUPS], twice[GROUPS];
+  alignas(16) int32_t patterns[GROUPS], halves[GROUPS];
+
+  // `upper`: of the patterns.
+  static Scales of(__m128i upper) {
+    Scales scales;
+    const __m128i patterns = _mm_slli_epi32(upper, 16);
+    _mm_store_si128(reinterpret_cast<__m128i*>(scales.patterns), patterns);
+    _mm_store_si128(reinterpret_cast<__m128i*>(scales.halves), _mm_or_si128(patterns, upper));
+    return scales;
+  }
 };
 
 // A gap of 8 bits in groups, or of 16.
@@ -20,99 +28,80 @@ template <LineKind KIND> struct Gap;
 
 template <> struct Gap<LINE_INT8> {
   static constexpr int SIZE = 1;
-  static bool usual(const Piece& p, int64_t at) {  // no NaN, which is the code -128
-    const __m512i nan = _mm512_set1_epi8(-128);
-    __mmask64 found = 0;
-    for (int i = 0; i < BATCH; i += GROUP)
-      found |= _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(codes(p, at + i)), nan);
-    return !found;
+  static Scales scales_before(const Piece& p, int64_t group) {
+    return Scales::of(_mm_cvtepu16_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p.scales_before + group))));
   }
-  static void find_units(const Piece& p, int64_t group, float (&units)[GROUPS]) {
-    for (int g = 0; g < GROUPS; ++g)
-      units[g] = number_of(static_cast<uint32_t>(p.scales_before[group + g]) << 16);
+  static Two load(const Piece& p, int64_t at, const Scales& scales, int g) {
+    const Ints scale = all(scales.patterns[g]), halves = all(scales.halves[g]);
+    const __m512i code = _mm512_and_si512((__m512i)(bytes(codes(p, at)) << 1), (__m512i)all(CODE));
+    const Ints both = (Ints)_mm512_add_epi16(code, (__m512i)halves);
+    const Ints even = both << 16, odd = both & UPPER;
+    return {(Floats)even - with_sign(scale, even), (Floats)odd - with_sign(scale, odd)};
   }
-  // Every product here is exact: 15 bits by 8, and no scale is so small that it would not be normal.
-  struct Units {
-    Floats unit, offset, high;
-    explicit Units(float value)
-        : unit(all(value)), offset(all(value * -(0x1p23f + 0x1p15f))), high(all(value * 0x1p-16f)) {}
-  };
-  static Two load(const Piece& p, int64_t at, const Units& units) {
-    const Shorts code = bytes(codes(p, at));
-    const Ints value = (Ints)(code * ((code < 0 ? -code : code) + 32));
-    // a number at an even place is brought up by 2**23 + 2**15, its sign turned into bits
-    constexpr int LOW_15_NOT_16TH = 0xA6;
-    const Floats raised = (Floats)_mm512_ternarylogic_epi32(
-        (__m512i)value, (__m512i)all(0xFFFF), (__m512i)all(ON_2_23 | 0x7FFF), LOW_15_NOT_16TH);
-    return {once(raised, units.unit, units.offset), floats(value & UPPER) * units.high};
-  }
-  // Of `encode`, for groups that are all here.
+  // `scale_of`, of four groups.
   static Scales scales_of(const Piece& p, int64_t group, __m128i tops) {
-    const __m128 smallest = _mm_set1_ps(0x1p-100f);
-    const __m128 least =
-        _mm_max_ps(_mm_div_ps(_mm_castsi128_ps(tops), _mm_set1_ps(20193.0f)), smallest);
-    const __m128i found =
-        _mm_srli_epi32(_mm_add_epi32(_mm_castps_si128(least), _mm_set1_epi32(0xFFFF)), 16);
-    const __m128 unit = _mm_castsi128_ps(_mm_slli_epi32(found, 16));
-    const __m128i halves = _mm_packus_epi32(found, found);
-    std::memcpy(p.scales + group, &halves, GROUPS * sizeof(uint16_t));
-    Scales scales;
-    _mm_store_ps(scales.unit, unit);
-    _mm_store_ps(scales.inverse, _mm_div_ps(_mm_set1_ps(1.0f), unit));
-    _mm_store_ps(scales.part, _mm_mul_ps(unit, _mm_set1_ps(0x1p-16f)));
-    _mm_store_ps(scales.twice, _mm_mul_ps(unit, _mm_set1_ps(0x1p-15f)));
-    return scales;
+    const __m128 absmax = _mm_castsi128_ps(tops);
+    const __m128i third = _mm_castps_si128(_mm_mul_ps(absmax, _mm_set1_ps(THIRD)));
+    const __m128i beyond = _mm_add_epi32(third, _mm_set1_epi32((2 << CUT_BITS) - 1));
+    const __m128i above = _mm_slli_epi32(_mm_srli_epi32(beyond, CUT_BITS), CUT_BITS);
+    const __m128 highest = _mm_castsi128_ps(_mm_add_epi32(above, _mm_set1_epi32(TOP_CODE)));
+    const __m128 reached = _mm_sub_ps(highest, _mm_castsi128_ps(above));
+    const __m128i lacking = _mm_castps_si128(_mm_cmplt_ps(reached, absmax));
+    const __m128i found = _mm_sub_epi32(above, _mm_slli_epi32(lacking, CUT_BITS));
+    const __m128i upper =
+        _mm_srli_epi32(_mm_max_epi32(found, _mm_set1_epi32(SMALLEST_SCALE)), 16);
+    const __m128i packed = _mm_packus_epi32(upper, upper);
+    std::memcpy(p.scales + group, &packed, GROUPS * sizeof(uint16_t));
+    return Scales::of(upper);
   }
   struct Constants {
-    Ints magnitude = held(all(static_cast<int32_t>(MAGNITUDE))), one = held(all(1));
     Drawn drawn;
   };
-  // Of `encode`, for a whole group of finite numbers; see there for what is exact. The chance is
-  // half of what it is there, the step twice: their product is the same, rounded once.
+  // `encode`, of a whole group.
   static void store(void* to, const Scales& scales, int g, const float* values, uint64_t word,
                     const Constants& constants) {
-    const Floats unit = all(scales.unit[g]), inverse = all(scales.inverse[g]),
-                 part = all(scales.part[g]), twice = all(scales.twice[g]);
-    const Longs first = all(word);
-    Ints signs[QUARTERS], roots[QUARTERS];
-    Bits bits{};
-    for (int k = 0; k < QUARTERS; ++k) {
-      if (k % 2 == 0) bits = constants.drawn(first, k / 2);
-      const Ints value = loaded<Ints>(values + k * PAIRS);
-      const Floats x = (Floats)(value & constants.magnitude);
-      const Ints r = truncated(root(x * inverse + 256.0f));
-      const Floats whole = floats(r);
-      const Floats beyond = once(-once(whole, whole, all(-256.0f)), unit, x);
-      const Floats step = once(whole, twice, part);
-      const Floats chance = k % 2 ? bits.odd_chance() : bits.even_chance();
-      const __mmask16 up = _mm512_cmp_ps_mask((__m512)beyond, (__m512)(chance * step), _CMP_GT_OQ);
-      roots[k] = (Ints)_mm512_mask_add_epi32((__m512i)r, up, (__m512i)r, (__m512i)constants.one);
-      signs[k] = value;
+    const Ints scale = all(scales.patterns[g]), halves = all(scales.halves[g]);
+    const GroupWords words = constants.drawn(word);
+    __m512i parts[2];
+    for (int k = 0; k < QUARTERS; k += 2) {
+      const Bits bits = words.half(k / 2);
+      const Floats even = loaded<Floats>(values + k * PAIRS);
+      const Floats odd = loaded<Floats>(values + (k + 1) * PAIRS);
+      const Ints even_place = (Ints)(even + with_sign(scale, (Ints)even)) + bits.even_17();
+      const Ints odd_place = (Ints)(odd + with_sign(scale, (Ints)odd)) + bits.odd_17();
+      const __m512i place =
+          _mm512_sub_epi16((__m512i)upper_halves(even_place, odd_place), (__m512i)halves);
+      constexpr int FIRST_WHERE_THIRD = 0xE4;  // else the second
+      parts[k / 2] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(place, 1),
+                                               _mm512_srli_epi16(place, 8),
+                                               _mm512_set1_epi16(127), FIRST_WHERE_THIRD);
     }
-    // codes may be negative only now: a sign is found in the same order as their bytes
-    const __m512i code = _mm512_sub_epi8(packed<false>(roots), _mm512_set1_epi8(16));
-    const __mmask64 negative = _mm512_movepi8_mask(packed<true>(signs));
-    const __m512i zero = _mm512_setzero_si512();
-    stored(packed_in_order(_mm512_mask_sub_epi8(code, negative, zero, code)), to);
+    const __m512i code = halves_in_order(_mm512_packus_epi16(parts[0], parts[1]));
+    const __mmask64 something = _mm512_test_epi8_mask(code, _mm512_set1_epi8(127));
+    stored(_mm512_maskz_mov_epi8(something, code), to);
   }
-  static constexpr int32_t STORABLE = static_cast<int32_t>(INFINITE) - 1;
+  static constexpr int32_t STORABLE = LIMIT - 1;
+  using RareBits = Drawn17;
   static void store_rare(const Piece& p, int64_t at, int64_t group, const float* values,
-                         const uint16_t* bits) {
+                         const uint32_t* bits) {
     encode<GROUP>(values, bits, GROUP, 0.0f, codes(p, at), p.scales + group);
   }
 
  private:
+  static constexpr int32_t CODE = static_cast<int32_t>(0x80FE80FEu);  // of both halves, shifted
+  static Floats with_sign(Ints scale, Ints value) {
+    constexpr int AND_OR = 0xEA;  // (a & b) | c
+    return (Floats)_mm512_ternarylogic_epi32((__m512i)value, (__m512i)all(SIGN), (__m512i)scale,
+                                             AND_OR);
+  }
   static int8_t* codes(const Piece& p, int64_t at) { return static_cast<int8_t*>(p.line) + at; }
 };
 
 template <> struct Gap<LINE_BF16> {
   static constexpr int SIZE = 2;
-  static bool usual(const Piece&, int64_t) { return true; }
-  static void find_units(const Piece&, int64_t, float (&)[GROUPS]) {}
-  struct Units {
-    explicit Units(float) {}
-  };
-  static Two load(const Piece& p, int64_t at, const Units&) { return widened(line(p, at)); }
+  static Scales scales_before(const Piece&, int64_t) { return {}; }
+  static Two load(const Piece& p, int64_t at, const Scales&, int) { return widened(line(p, at)); }
   static Scales scales_of(const Piece&, int64_t, __m128i) { return {}; }
   struct Constants {
     Drawn drawn;
@@ -121,9 +110,10 @@ template <> struct Gap<LINE_BF16> {
                     const Constants& constants) {
     Floats four[QUARTERS];
     for (int k = 0; k < QUARTERS; ++k) four[k] = loaded<Floats>(values + k * PAIRS);
-    store_drawn(four, all(word), constants.drawn, static_cast<uint16_t*>(to));
+    store_drawn(four, constants.drawn(word), static_cast<uint16_t*>(to));
   }
   static constexpr int32_t STORABLE = STORABLE_BF16;
+  using RareBits = Drawn16;
   static void store_rare(const Piece& p, int64_t at, int64_t, const float* values,
                          const uint16_t* bits) {
     store_at_random<BF16>(values, bits, GROUP, line(p, at));

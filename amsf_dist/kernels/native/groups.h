@@ -26,10 +26,10 @@ inline Floats farthest(const Floats (&values)[QUARTERS]) {
 }
 
 // Numbers of a group, rounded to bf16 at random.
-inline void store_drawn(const Floats (&values)[QUARTERS], Longs word, const Drawn& drawn,
+inline void store_drawn(const Floats (&values)[QUARTERS], const GroupWords& words,
                         uint16_t* to) {
   for (int k = 0; k < QUARTERS; k += 2, to += GROUP / 2) {
-    const Bits bits = drawn(word, k / 2);
+    const Bits bits = words.half(k / 2);
     store_upper((Ints)values[k] + bits.even(), (Ints)values[k + 1] + bits.odd(), to);
   }
 }

@@ -14,6 +14,7 @@ namespace amsf {
 struct alignas(64) Batch {
   float gradient[BATCH], scale[BATCH], weight[BATCH], line[BATCH];
   Drawn16 drawn;
+  Drawn17 drawn17;
 };
 
 inline void block_scale(const Piece& p, float* moment, float mean_sq, float* scale) {
@@ -69,9 +70,9 @@ inline void schedule_free(const Piece& p, int64_t n, const float* __restrict gra
   const float lr = p.a, average = p.b, direct = p.c, keep = p.d, decay = p.e;
   for (int64_t i = 0; i < n; ++i) {
     float weight = weights[i];
-    float update = gradient[i] * scale(i);
+    float update = gradient[i] * (lr * scale(i));
     if (DECAYS) update = update + decay * weight;
-    const float gap = gaps[i] + lr * update;
+    const float gap = gaps[i] + update;
     weight = weight - average * gap;
     weights[i] = weight - direct * update;
     gaps[i] = keep * gap;
@@ -227,11 +228,12 @@ inline void store_line(const Piece& p, const Tile& tile, int64_t at, int n, cons
     std::memcpy(static_cast<float*>(p.line) + at, batch.line, n * sizeof(float));
     return;
   }
-  const uint16_t* bits = batch.drawn.at(draws.line, draws.place, n);
   if (p.line_kind == LINE_BF16) {
+    const uint16_t* bits = batch.drawn.at(draws.line, draws.place, n);
     store_at_random<BF16>(batch.line, bits, n, static_cast<uint16_t*>(p.line) + at);
     return;
   }
+  const uint32_t* bits = batch.drawn17.at(draws.line, draws.place, n);
   int8_t* codes = static_cast<int8_t*>(p.line) + at;
   const int64_t last =
       tile.first_group + (tile.stop - tile.start + tile.phase - 1) / GROUP;
@@ -294,13 +296,15 @@ inline void move_stages(const Piece& p, const Tile& tile, int64_t at, int n, con
   store_line(p, tile, at, n, draws, batch);
 }
 
-inline void move_tile(const Piece& p, const Tile& tile) {
+// `later`: what this thread measures next, if that can be known.
+inline void move_tile(const Piece& p, const Tile& tile, Later later = {}) {
   if (in_place(p)) return move_in_place(p, tile);
   Batch batch;
   const Draws draws = draws_of(p, tile);
   const Bytes bytes = bytes_of(p);
   const Fused fused = fused_for(p);
   Pipeline pipeline;
+  pipeline.later = &later;
   for (int64_t at = tile.start; at < tile.stop;) {
     const bool cut = at == tile.start && tile.phase;  // later batches begin where groups do
     if (fused.move && !cut) {
@@ -343,7 +347,9 @@ inline void move(const Piece* pieces, int64_t count, int threads) {
         for (int64_t b = 0; b < pieces[p].num_blocks; ++b) scale_block(pieces[p], b);
     // from the end: the gradients that were measured last may still be in a cache
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < total; ++job) tiles.take(total - 1 - job, move_tile);
+    for (int64_t job = 0; job < total; ++job) {
+      tiles.take(total - 1 - job, [](const Piece& p, const Tile& tile) { move_tile(p, tile); });
+    }
   }
 }
 

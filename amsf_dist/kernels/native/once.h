@@ -21,8 +21,15 @@ inline Tile block_of(const Tile& tile, int64_t block) {
   return part;
 }
 
+// The gradients of a tile.
+inline Later gradients_of(const Piece& piece, const Tile& tile) {
+  const int64_t size = bytes_of(piece).gradient;
+  const char* first = static_cast<const char*>(piece.gradient);
+  return {first + tile.start * size, first + tile.stop * size};
+}
+
 // Whether every block's gradient was finite; one whose is not stays as it is.
-inline bool step_tile(const Piece& piece, const Tile& tile) {
+inline bool step_tile(const Piece& piece, const Tile& tile, const Later& later) {
   Strip strip = {&piece, &tile - piece.tiles, &tile - piece.tiles + 1};
   measure_strip(strip, nullptr);
   if (tile.num_blocks == 1) piece.sums[tile.first_block] += static_cast<float>(strip.sum);
@@ -33,7 +40,7 @@ inline bool step_tile(const Piece& piece, const Tile& tile) {
     else all = false;
   }
   if (all) {
-    move_tile(piece, tile);
+    move_tile(piece, tile, later);
   } else {
     for (int64_t b = 0; b < tile.num_blocks; ++b)
       if (finite(b)) move_tile(piece, block_of(tile, b));
@@ -45,11 +52,19 @@ inline bool step(const Piece* pieces, int64_t count, int threads) {
   const Tiles tiles(pieces, count);
   const int64_t total = tiles.count();
   std::atomic<bool> all{true};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t tile = 0; tile < total; ++tile)
-    tiles.take(tile, [&](const Piece& piece, const Tile& here) {
-      if (!step_tile(piece, here)) all = false;
+  std::atomic<int64_t> next{0};
+  // Every thread knows its next tile, and asks for its gradients while it moves the one before:
+  // measuring waits for memory, moving for arithmetic.
+#pragma omp parallel num_threads(threads)
+  for (int64_t tile = next++, after; tile < total; tile = after) {
+    after = next++;
+    Later later;
+    if (after < total)
+      tiles.take(after, [&](const Piece& p, const Tile& t) { later = gradients_of(p, t); });
+    tiles.take(tile, [&](const Piece& p, const Tile& t) {
+      if (!step_tile(p, t, later)) all = false;
     });
+  }
   return all;
 }
 

@@ -11,12 +11,25 @@ constexpr int GROUP = 64;   // storage/grouped.py
 enum WeightKind : int32_t { PLAIN = 0, SPLIT = 1, KAHAN = 2, STOCHASTIC = 3 };
 enum LineKind : int32_t { LINE_FP32 = 0, LINE_BF16 = 1, LINE_INT8 = 2 };
 
-// Ask for memory before it is needed: a step waits for it, and hardware looks less far ahead. Into
-// the second level of caches: of the few requests that the first level keeps open, none is taken.
-inline void fetch(const void* from, int64_t bytes) {
+// Ask for memory before it is needed: a step waits for it, and hardware looks less far ahead. What is
+// needed soon is asked for the outer caches (LOCALITY 1): of the few requests that the first level
+// keeps open, none is taken. What is needed late did not arrive that way (3: all caches).
+template <int LOCALITY = 1> inline void fetch(const void* from, int64_t bytes) {
   const char* first = static_cast<const char*>(from);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, 1);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, 0, LOCALITY);
 }
+
+// Memory that a thread will read when it is done with a tile, asked for bit by bit while it works.
+struct Later {
+  const char *at = nullptr, *stop = nullptr;
+
+  // Where the next bytes are; somewhere known where there are no more.
+  const char* next(int64_t bytes, const char* else_where) {
+    if (at >= stop) return else_where;
+    at += bytes;
+    return at - bytes;
+  }
+};
 
 // ---- draws: storage/noise.py -------------------------------------------------------------------
 
@@ -33,25 +46,32 @@ inline uint64_t key_of(uint64_t family, int64_t step) {
   return mix64(static_cast<uint64_t>(step) * GAMMA + family + GAMMA) + GAMMA;
 }
 
-// Of the four numbers at this place, the first of them.
+// Of the eight numbers at this place, the first of them.
 inline uint64_t word_at(uint64_t key, int64_t place) {
-  return key + static_cast<uint64_t>(place >> 2) * GAMMA;
+  return key + static_cast<uint64_t>(place >> 3) * GAMMA;
 }
 
-// Random bits of n neighbours from `place` on, which are where the pointer returned points to.
-struct Drawn16 {
-  uint16_t bits[BATCH + 8];
+// Random bits of n neighbours from `place` on, 16 or 17 each, which are where the pointer returned
+// points to.
+template <int COUNT, typename Bits> struct DrawnBits {
+  Bits bits[BATCH + 16];
 
-  const uint16_t* at(uint64_t key, int64_t place, int n) {
-    const int before = static_cast<int>(place & 3), words = (before + n + 3) / 4;
+  const Bits* at(uint64_t key, int64_t place, int n) {
+    const int before = static_cast<int>(place & 7), words = (before + n + 7) / 8;
     const uint64_t first = word_at(key, place);
     for (int i = 0; i < words; ++i) {
       const uint64_t word = mix64(first + static_cast<uint64_t>(i) * GAMMA);
-      for (int k = 0; k < 4; ++k) bits[4 * i + k] = static_cast<uint16_t>(word >> 16 * k);
+      const uint64_t rotated = word << 8 | word >> 56;
+      for (int k = 0; k < 8; ++k) {
+        const int shift = 16 * (k % 4) - (COUNT == 17 ? k % 2 : 0);
+        bits[8 * i + k] = static_cast<Bits>((k < 4 ? word : rotated) >> shift & ((1u << COUNT) - 1u));
+      }
     }
     return bits + before;
   }
 };
+using Drawn16 = DrawnBits<16, uint16_t>;
+using Drawn17 = DrawnBits<17, uint32_t>;
 
 // ---- plain -------------------------------------------------------------------------------------
 
@@ -142,69 +162,58 @@ inline void store_at_random(const float* __restrict from, const uint16_t* __rest
 
 // ---- int8 in groups: storage/grouped.py --------------------------------------------------------
 
+constexpr int CUT_BITS = 17;
+constexpr int32_t TOP_CODE = 127 << CUT_BITS;
+constexpr int32_t LIMIT = 0x7F000000;           // 2**127
+constexpr int32_t SMALLEST_SCALE = 0x0D800000;  // 2**-100
+constexpr float THIRD = 1.0f / 3.0f;
+
 // N: numbers of the group here, 0 when only known at run time.
 template <int N>
 inline void decode(const int8_t* __restrict codes, int numel, uint16_t scale, float* __restrict to) {
   const int n = N ? N : numel;
-  const float unit = number_of(static_cast<uint32_t>(scale) << 16);
+  const uint32_t first = static_cast<uint32_t>(scale) << 16;
   for (int i = 0; i < n; ++i) {
-    int32_t c = codes[i];
-    int32_t magnitude = c < 0 ? -c : c;
-    float value = static_cast<float>(c * (magnitude + 32)) * unit;
-    to[i] = c == -128 ? number_of(0x7FC00000u) : value;
+    const uint32_t code = static_cast<uint32_t>(static_cast<int32_t>(codes[i]));
+    const uint32_t sign = code & ~MAGNITUDE;
+    const uint32_t raised = ((code & 127u) << CUT_BITS) + first;
+    to[i] = number_of(raised | sign) - number_of(first | sign);
   }
 }
 
-// a * b + c where the product needs no rounding: the same with and without the instruction.
-inline float exactly(float a, float b, float c) {
-#ifdef __FP_FAST_FMAF
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
+// Of the largest magnitude's pattern, below LIMIT, the scale's.
+inline int32_t scale_of(int32_t top) {
+  const float absmax = number_of(static_cast<uint32_t>(top));
+  const int32_t third = static_cast<int32_t>(pattern_of(absmax * THIRD));
+  const uint32_t above = static_cast<uint32_t>((third + ((2 << CUT_BITS) - 1)) >> CUT_BITS)
+                         << CUT_BITS;
+  const float reached = number_of(above + TOP_CODE) - number_of(above);
+  const int32_t found = static_cast<int32_t>(above) + (reached < absmax ? 1 << CUT_BITS : 0);
+  return found < SMALLEST_SCALE ? SMALLEST_SCALE : found;
 }
 
 template <int N>
-inline void encode(const float* __restrict values, const uint16_t* __restrict bits, int numel,
+inline void encode(const float* __restrict values, const uint32_t* __restrict bits, int numel,
                    float peak, int8_t* __restrict codes, uint16_t* __restrict scale) {
   const int n = N ? N : numel;
-  int32_t top = 0;
+  int32_t top = static_cast<int32_t>(pattern_of(peak));
   for (int i = 0; i < n; ++i) {
     const int32_t magnitude = static_cast<int32_t>(pattern_of(values[i]) & MAGNITUDE);
     top = top > magnitude ? top : magnitude;
   }
-  const bool all_finite = top < static_cast<int32_t>(INFINITE);
-  if (!all_finite) {
-    top = 0;
-    for (int i = 0; i < n; ++i) {
-      const uint32_t magnitude = pattern_of(values[i]) & MAGNITUDE;
-      const int32_t finite = static_cast<int32_t>(magnitude < INFINITE ? magnitude : 0u);
-      top = top > finite ? top : finite;
-    }
+  if (top >= LIMIT) {  // no scale serves
+    *scale = 0x7FC0;
+    std::memset(codes, 0, n);
+    return;
   }
-  float absmax = number_of(static_cast<uint32_t>(top));
-  absmax = absmax > peak ? absmax : peak;
-  float least = absmax / 20193.0f;
-  least = least < 0x1p-100f ? 0x1p-100f : least;
-  const uint32_t found = (pattern_of(least) + 0xFFFFu) >> 16;
-  const float unit = number_of(found << 16), inverse = 1.0f / unit, part = unit * 0x1p-17f;
-  *scale = static_cast<uint16_t>(found);
-  // With r = below + 16: below * (below + 32) = r * r - 256 and the step is (2 r + 1) scales. Both,
-  // and their products with the scale, have 23 bits at most, so they are exact in any order.
+  const uint32_t first = static_cast<uint32_t>(scale_of(top));
+  *scale = static_cast<uint16_t>(first >> 16);
   for (int i = 0; i < n; ++i) {
-    const float x = std::fabs(values[i]);
-    const int32_t r = static_cast<int32_t>(std::sqrt(x * inverse + 256.0f));
-    const float root = static_cast<float>(r);
-    const float beyond = exactly(-exactly(root, root, -256.0f), unit, x);
-    const float step = exactly(root, 2.0f, 1.0f) * part;
-    const float chance = static_cast<float>(2 * static_cast<int32_t>(bits[i]) + 1);
-    int32_t c = r - 16 + (beyond > chance * step ? 1 : 0);
-    c = static_cast<int32_t>(pattern_of(values[i])) < 0 ? -c : c;
-    codes[i] = static_cast<int8_t>(c);
+    const uint32_t sign = pattern_of(values[i]) & ~MAGNITUDE;
+    const uint32_t place = pattern_of(values[i] + number_of(first | sign)) - first + bits[i];
+    const int32_t code = static_cast<int32_t>(place >> CUT_BITS) & 127;
+    codes[i] = static_cast<int8_t>(code ? code | static_cast<int32_t>(sign >> 24) : 0);
   }
-  if (!all_finite)
-    for (int i = 0; i < n; ++i)
-      if (!is_finite(values[i])) codes[i] = -128;
 }
 
 }  // namespace amsf

@@ -19,7 +19,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef int16_t Shorts __attribute__((vector_size(64)));
 typedef uint64_t Longs __attribute__((vector_size(64)));
 
-constexpr int32_t UPPER = -0x10000;
+constexpr int32_t UPPER = -0x10000, SIGN = static_cast<int32_t>(0x80000000u);
 
 template <typename Vector> inline Vector loaded(const void* from) {
   Vector vector;
@@ -44,10 +44,11 @@ inline Two widened(const void* from) {
   const Ints both = loaded<Ints>(from);
   return {(Floats)(both << 16), (Floats)(both & UPPER)};
 }
-inline void store_upper(Ints even, Ints odd, void* to) {
+inline Ints upper_halves(Ints even, Ints odd) {
   const Ints low = (Ints)_mm512_srli_epi32((__m512i)even, 16);
-  stored(low | (odd & UPPER), to);
+  return low | (odd & UPPER);
 }
+inline void store_upper(Ints even, Ints odd, void* to) { stored(upper_halves(even, odd), to); }
 
 // 32 fp32, which take a shuffle to part and to join again.
 inline Two parted(const float* from) {
@@ -105,20 +106,6 @@ struct SecondBytes {
   }
 };
 
-// 64 numbers as bytes, the nearest ones, signed or not, in an order that `packed_in_order` undoes.
-template <bool SIGNED> inline __m512i packed(const Ints (&numbers)[4]) {
-  const __m512i first = _mm512_packs_epi32((__m512i)numbers[0], (__m512i)numbers[1]);
-  const __m512i second = _mm512_packs_epi32((__m512i)numbers[2], (__m512i)numbers[3]);
-  return SIGNED ? _mm512_packs_epi16(first, second) : _mm512_packus_epi16(first, second);
-}
-inline __m512i packed_in_order(__m512i bytes) {
-  const __m512i pairs = _mm512_set4_epi32(0x0F0B0E0A, 0x0D090C08, 0x07030602, 0x05010400);
-  return halves_in_order(_mm512_shuffle_epi8(bytes, pairs));
-}
-
-inline Floats floats(Ints values) { return (Floats)_mm512_cvtepi32_ps((__m512i)values); }
-inline Ints truncated(Floats values) { return (Ints)_mm512_cvttps_epi32((__m512)values); }
-inline Floats root(Floats values) { return (Floats)_mm512_sqrt_ps((__m512)values); }
 
 // The larger magnitude; of a number and a NaN, the number's.
 inline Floats farther(Floats a, Floats b) {
@@ -126,38 +113,38 @@ inline Floats farther(Floats a, Floats b) {
   return (Floats)_mm512_range_ps((__m512)a, (__m512)b, LARGER_WITHOUT_SIGN);
 }
 
-// a * b + c, rounded once.
-inline Floats once(Floats a, Floats b, Floats c) {
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-
-// Multiples of GAMMA for the words of a group's numbers.
-struct Multiples {
-  alignas(64) uint64_t of_gamma[16];
-  Multiples() {
-    for (uint64_t i = 0; i < 16; ++i) of_gamma[i] = i * GAMMA;
+// For the eight words of a group's numbers: a word of the first half beside one of the second.
+struct Words {
+  alignas(64) uint64_t gammas[8];
+  // every word twice, the second time rotated by a byte
+  alignas(64) int8_t of_half[2][64];
+  Words() {
+    for (int i = 0; i < 8; ++i) gammas[i] = static_cast<uint64_t>(i / 2 + i % 2 * 4) * GAMMA;
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 64; ++i)
+        of_half[half][i] = static_cast<int8_t>(half * 8 + (i % 16 < 8 ? i % 8 : (i + 7) % 8));
   }
 };
-static const Multiples MULTIPLES;
+static const Words WORDS;
 
 inline Longs all(uint64_t word) { return (Longs)_mm512_set1_epi64(static_cast<int64_t>(word)); }
-
-// A half word as the last bits of a number from 2**23 on, whose last bit is 1.
-constexpr int32_t ON_2_23 = 0x4B000000;
-inline Floats on_2_23(Ints low_halves) {
-  constexpr int AND_OR = 0xEA;  // (a & b) | c
-  return (Floats)_mm512_ternarylogic_epi32((__m512i)low_halves, (__m512i)all(0xFFFF),
-                                           (__m512i)all(ON_2_23), AND_OR);
-}
 
 // Random bits of 32 numbers, 16 for each: those at even places lie in lower halves.
 struct Bits {
   Ints both;
   Ints even() const { return both & 0xFFFF; }
   Ints odd() const { return (Ints)_mm512_srli_epi32((__m512i)both, 16); }
-  // as numbers, a half added
-  Floats even_chance() const { return on_2_23(both) - 8388607.5f; }
-  Floats odd_chance() const { return (Floats)(odd() | ON_2_23) - 8388607.5f; }
+  // one bit more, which is the other one's too
+  Ints even_17() const { return both & 0x1FFFF; }
+  Ints odd_17() const { return (Ints)_mm512_srli_epi32((__m512i)both, 15); }
+};
+
+// The words of a group's 64 numbers.
+struct GroupWords {
+  __m512i words;
+  Bits half(int number) const {
+    return {(Ints)_mm512_shuffle_epi8(words, loaded<__m512i>(WORDS.of_half[number]))};
+  }
 };
 
 // Draws; its constants stay in registers.
@@ -165,12 +152,12 @@ struct Drawn {
   Longs first = held(all(uint64_t{0xBF58476D1CE4E5B9u}));
   Longs second = held(all(uint64_t{0x94D049BB133111EBu}));
 
-  // For a half of a group whose first number's word is this.
-  Bits operator()(Longs word, int half) const {
-    Longs z = word + loaded<Longs>(MULTIPLES.of_gamma + half * 8);
+  // For a group whose first number's word is this.
+  GroupWords operator()(uint64_t word) const {
+    Longs z = all(word) + loaded<Longs>(WORDS.gammas);
     z = (z ^ (z >> 30)) * first;
     z = (z ^ (z >> 27)) * second;
-    return {(Ints)(z ^ (z >> 31))};
+    return {(__m512i)(z ^ (z >> 31))};
   }
 };
 

@@ -27,6 +27,7 @@ inline bool make_known(Floats (&weights)[QUARTERS]) {
 struct PlainWeight {
   struct Constants {};
   static constexpr int SIZE = 4, ERROR_SIZE = 0;
+  using RareBits = Drawn16;
   static void store_rare(const Piece&, int64_t, int64_t, const float*, const uint16_t*) {}
   static Two gradient(const Piece& p, int64_t at) {
     return parted(static_cast<const float*>(p.gradient) + at);
@@ -45,6 +46,7 @@ struct PlainWeight {
 
 struct Weight16 {
   static constexpr int SIZE = 2, ERROR_SIZE = 0;
+  using RareBits = Drawn16;
   static void store_rare(const Piece&, int64_t, int64_t, const float*, const uint16_t*) {}
   static Two gradient(const Piece& p, int64_t at) {
     return widened(static_cast<const uint16_t*>(p.gradient) + at);
@@ -123,7 +125,7 @@ struct StochasticWeight : Weight16 {
     const bool rare = any_nan(weights) | large;
     if (__builtin_expect(rare, 0))
       for (int k = 0; k < QUARTERS; ++k) stored(weights[k], aside + k * PAIRS);
-    store_drawn(weights, all(word), constants.drawn, memory(p, at));
+    store_drawn(weights, constants.drawn(word), memory(p, at));
     return rare;
   }
   static void store_rare(const Piece& p, int64_t at, int64_t, const float* values,

@@ -54,10 +54,10 @@ def moved(weight, grad, scale, line, decays, c, RULE: tl.constexpr):
 @triton.jit
 def _schedule_free(weight, grad, scale, gap, decays, c):
     """docs/algorithm.md (6) to (8). Source text: ScheduleFree.move."""
-    update = grad * scale
+    update = grad * (tl.load(c) * scale)
     if decays:
         update = update + tl.load(c + 4) * weight
-    gap = gap + tl.load(c) * update
+    gap = gap + update
     weight = weight - tl.load(c + 1) * gap - tl.load(c + 2) * update
     return weight, tl.load(c + 3) * gap
 

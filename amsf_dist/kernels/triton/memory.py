@@ -21,10 +21,12 @@ _SMALLEST_NORMAL = tl.constexpr(wide.SMALLEST_NORMAL)
 _INFINITY = tl.constexpr(wide.INFINITY)
 _SIGN = tl.constexpr(wide.SIGN)
 _UNIT = tl.constexpr(wide.UNIT)
-_BEND = tl.constexpr(float(grouped.BEND))
-_HIGHEST = tl.constexpr(float(grouped.HIGHEST))
+_CUT = tl.constexpr(grouped.CUT_BITS)
 _SMALLEST_SCALE = tl.constexpr(grouped.SMALLEST_SCALE)
-_NOT_A_NUMBER = tl.constexpr(grouped.NOT_A_NUMBER)
+_LIMIT = tl.constexpr(grouped.LIMIT)
+_HIGHEST = tl.constexpr(127 << grouped.CUT_BITS)
+_THIRD = tl.constexpr(grouped.THIRD)
+_NEXT = tl.constexpr(1 << grouped.CUT_BITS)
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def _load(base, at, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Numbers at `base` (int64 address) + `at`."""
     pointer = base.to(tl.pointer_type(TYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        pointer = tl.multiple_of(pointer, 8 if TYPE == tl.int8 else 16)
     return tl.load(pointer + at, mask=mask, other=0)
 
 
@@ -40,7 +42,7 @@ def _load(base, at, mask, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def _store(base, at, mask, values, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = base.to(tl.pointer_type(TYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        pointer = tl.multiple_of(pointer, 8 if TYPE == tl.int8 else 16)
     tl.store(pointer + at, values.to(TYPE), mask=mask)
 
 
@@ -170,33 +172,55 @@ def store_weight(
         _store(base, at, mask, rounded, tl.int16, ALIGNED)
         _store(beside, at, mask, _nearest_16(lacking, FORMAT), tl.int16, ALIGNED)
     elif STORAGE == "stochastic":
-        bits = random_bits(key, place, offsets, ALIGNED)
+        bits = random_bits(key, place, offsets, 16, ALIGNED)
         _store_at_random(base, at, mask, values, bits, FORMAT, ALIGNED)
     else:
         _store_nearest(base, at, mask, values, FORMAT, ALIGNED)
 
 
 @triton.jit
-def load_line(base, scales, at, group, mask, LINE: tl.constexpr, ALIGNED: tl.constexpr):
-    """fp32 numbers of a line, and the scales of its groups ([groups, 1] fp32; 1 without groups).
+def _larger(a, b):
+    """NaN, if one of them is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
-    `group`: [groups, 1] which entries of `scales`; `LINE`: "fp32", "bf16" or "int8".
+
+@triton.jit
+def _reached(scale):
+    """What code 127 stands for; scales are patterns of fp32."""
+    highest = (scale + _HIGHEST).to(tl.float32, bitcast=True)
+    return highest - scale.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scale_of(absmax):
+    """Source text: grouped._scales."""
+    third = (absmax * _THIRD).to(tl.int32, bitcast=True)
+    scale = ((third + (2 * _NEXT - 1)) >> _CUT) << _CUT
+    scale = tl.where(_reached(scale) < absmax, scale + _NEXT, scale)
+    return tl.maximum(scale, _SMALLEST_SCALE)
+
+
+@triton.jit
+def load_line(base, scales, at, group, mask, there, LINE: tl.constexpr, ALIGNED: tl.constexpr):
+    """fp32 numbers of a line, and patterns of its groups' scales ([groups, 1]; 1 without groups).
+
+    `group`: [groups, 1] which entries of `scales`; `there`: [groups, 1] bool, whether they begin
+    in the tile; `LINE`: "fp32", "bf16" or "int8".
     """
     if LINE == "int8":
         # Source text: grouped.decode. A group begins in the tile with its first number.
-        there = tl.max(mask.to(tl.int32), axis=1)[:, None] > 0
-        scale = load_number(scales, group, there, "bf16", False)
+        scale = _load(scales, group, there, tl.int16, False).to(tl.int32) << 16
         code = _load(base, at, mask, tl.int8, ALIGNED).to(tl.int32)
-        c = code.to(tl.float32)
-        values = c * (tl.abs(c) + _BEND) * scale
-        return tl.where(code == _NOT_A_NUMBER, float("nan"), values), scale
+        raised = (((code & 127) << _CUT) + scale) | (code & -0x80000000)
+        first = scale | (code & -0x80000000)
+        return raised.to(tl.float32, bitcast=True) - first.to(tl.float32, bitcast=True), scale
     else:
         return load_number(base, at, mask, LINE, ALIGNED), 1.0
 
 
 @triton.jit
 def store_line(
-    base, scales, at, group, mask, values, scale, moves, key, place, offsets,
+    base, scales, at, group, mask, there, values, scale, moves, key, place, offsets,
     LINE: tl.constexpr, ALL_MOVE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Write fp32 numbers of a line.
@@ -206,35 +230,22 @@ def store_line(
     """
     if LINE == "int8":
         # Source text: grouped.encode, Int8.store
-        bits = random_bits(key, place, offsets, ALIGNED)
-        finite = is_finite(values)
-        magnitude = tl.where(finite, tl.abs(values), 0.0)
-        absmax = tl.max(magnitude, axis=1)[:, None]
-        there = tl.max(mask.to(tl.int32), axis=1)[:, None] > 0
+        bits = random_bits(key, place, offsets, _CUT, ALIGNED)
+        absmax = tl.reduce(tl.abs(values), 1, _larger)[:, None]
         if not ALL_MOVE:  # with the scale of before, codes of before are found again
             still = tl.max((mask & (moves == 0)).to(tl.int32), axis=1)[:, None] > 0
-            absmax = tl.maximum(absmax, tl.where(still, scale * _HIGHEST, 0.0))
-        least = tl.maximum(tl.math.div_rn(absmax, _HIGHEST), _SMALLEST_SCALE)
-        pattern = (least.to(tl.int32, bitcast=True) + 0xFFFF) >> 16
-        scale = (pattern << 16).to(tl.float32, bitcast=True)
-        # r = k + 16, so k (k + 32) = r r - 256 and the step is 2 r + 1. Fused where the product is
-        # exact; conversions, of which few are done at a time, are sums with a power of two.
-        r = tl.math.sqrt_rn(magnitude * tl.math.div_rn(1.0, scale) + _BEND * _BEND / 4)
-        r = tl.floor(r)
-        beyond = tl.math.fma(tl.math.fma(r, r, -_BEND * _BEND / 4), -scale, magnitude)
-        part = 1.52587890625e-05 * scale  # 2**-16
-        step = tl.math.fma(r, 2.0 * part, part)
-        chance = (bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388607.5  # bits + 1/2
-        c = r + tl.where(beyond > chance * step, 1.0 - _BEND / 2, -_BEND / 2)
+            absmax = tl.maximum(absmax, tl.where(still, _reached(scale), 0.0))
+        scale = _scale_of(absmax)
+        serves = absmax < _LIMIT
         sign = values.to(tl.int32, bitcast=True) & -0x80000000
-        c = (c.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        code = (c + 12582912.0).to(tl.int32, bitcast=True)  # 3 * 2**22: the lowest byte is c's
-        code = tl.where(finite, code, _NOT_A_NUMBER)
+        raised = values + (scale | sign).to(tl.float32, bitcast=True)
+        pattern = raised.to(tl.int32, bitcast=True) - scale + bits
+        code = (pattern >> _CUT) & 127
+        code = tl.where((code != 0) & serves, code | ((sign >> 24) & -128), 0)
         _store(base, at, mask, code, tl.int8, ALIGNED)
-        _store(scales, group, there, pattern, tl.int16, False)
+        _store(scales, group, there, tl.where(serves, scale >> 16, 0x7FC0), tl.int16, False)
     elif LINE == "bf16":
-        _store_at_random(
-            base, at, mask, values, random_bits(key, place, offsets, ALIGNED), LINE, ALIGNED
-        )
+        bits = random_bits(key, place, offsets, 16, ALIGNED)
+        _store_at_random(base, at, mask, values, bits, LINE, ALIGNED)
     else:
         _store_nearest(base, at, mask, values, LINE, ALIGNED)

@@ -53,7 +53,7 @@ def _scale_of(scales, block, before, block_numel, offsets, mask, TILE: tl.conste
 @triton.jit
 def _tile(
     piece, address, coefficients, factors, steps, first_moment, scale, by_column, start, place,
-    group, offsets, groups, mask,
+    group, offsets, groups, numel,
     RULE: tl.constexpr, ELEMENT: tl.constexpr, STORAGE: tl.constexpr, FORMAT: tl.constexpr,
     LINE: tl.constexpr, GRADIENT: tl.constexpr, DECAY_ALL: tl.constexpr,
     CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
@@ -66,10 +66,10 @@ def _tile(
     c = coefficients + row * _FIELDS
     weights, gradients = tl.load(address), tl.load(address + 1)
     errors, lines, line_scales = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
-    at = start + offsets
+    at, mask, there = start + offsets, offsets < numel, groups * 64 < numel
     g = load_number(gradients, at, mask, GRADIENT, ALIGNED) * tl.load(factors + row)
     y = load_weight(weights, errors, at, mask, STORAGE, FORMAT, ALIGNED)
-    line, line_scale = load_line(lines, line_scales, at, group + groups, mask, LINE, ALIGNED)
+    line, line_scale = load_line(lines, line_scales, at, group + groups, mask, there, LINE, ALIGNED)
     if ELEMENT:
         moments, element = tl.load(piece + 3), first_moment + offsets
         before = load_number(moments, element, mask, "fp32", ALIGNED)
@@ -98,7 +98,7 @@ def _tile(
         STORAGE, FORMAT, ALIGNED,
     )  # fmt: skip
     store_line(
-        lines, line_scales, at, group + groups, mask, new, line_scale, moves,
+        lines, line_scales, at, group + groups, mask, there, new, line_scale, moves,
         key_of(tl.load(piece + 8), step), place, offsets, LINE, not BY_BLOCK, ALIGNED,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def move(
         DECAY_ALL: whether weight decay is for all parameters; if not, for matrices.
         CLIP_BLOCKS: see `second_moment`.
         BY_BLOCK: every block decides for itself.
-        ALIGNED: whether all addresses, and numbers, are multiples of 16 (bytes), and places of 4.
+        ALIGNED: whether all addresses, and numbers, are multiples of 16 (bytes), and places of 8.
         TILES: at most, per item.
         GROUPS: of 64 numbers, per tile.
     """
@@ -178,7 +178,7 @@ def move(
             by_column = tl.load(columns + column, mask=mask, other=0.0)
     _tile(
         pieces + number * _PIECE, addresses + number * _ADDRESS, coefficients, factors, steps,
-        block, scale, by_column, start, place, group, offsets, groups, mask,
+        block, scale, by_column, start, place, group, offsets, groups, numel,
         RULE, ELEMENT, STORAGE, FORMAT, LINE, GRADIENT, DECAY_ALL, CLIP_BLOCKS, BY_BLOCK, ALIGNED,
     )  # fmt: skip
 
@@ -247,7 +247,7 @@ def measure_and_move(
             _tile(
                 piece, address, coefficients, factors, steps, 0, scale, 1.0,
                 start + begin, place + begin, group + begin // 64,
-                offsets, groups, offsets < block_numel - begin,
+                offsets, groups, block_numel - begin,
                 RULE, False, STORAGE, FORMAT, LINE, GRADIENT, DECAY_ALL, CLIP_BLOCKS, False,
                 ALIGNED,
             )  # fmt: skip

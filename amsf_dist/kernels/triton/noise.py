@@ -22,30 +22,41 @@ def _mix64(z):
 
 
 @triton.jit
+def _rotated(word):
+    """By 8 bits to the left."""
+    return (word << 8) | ((word >> 56) & 0xFF)
+
+
+@triton.jit
 def key_of(family, step):
     """The key of one step: int64 scalars, `family` from `noise.family`."""
     return _mix64(step * _GAMMA + family + _GAMMA) + _GAMMA
 
 
 @triton.jit
-def random_bits(key, place, offsets, ALIGNED: tl.constexpr):
-    """[groups, 64] int32, 16 random bits for the numbers at place + offsets of the line.
+def random_bits(key, place, offsets, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """[groups, 64] int32, random bits for the numbers at place + offsets of the line.
 
     Args:
         key: of the step, int64.
-        place: of the first, int64; where ALIGNED a multiple of 4.
+        place: of the first, int64; where ALIGNED a multiple of 8.
         offsets: [groups, 64] int32, 0, 1, 2, ...
-        ALIGNED: whether four numbers always share a word, which is then computed once.
+        COUNT: of bits, 16 or 17.
+        ALIGNED: whether eight numbers always share a word, which is then computed once.
     """
+    MASK: tl.constexpr = 0x1FFFF if COUNT == 17 else 0xFFFF
+    SHARED: tl.constexpr = 1 if COUNT == 17 else 0
     if ALIGNED:
         GROUPS: tl.constexpr = offsets.shape[0]
-        words = tl.arange(0, GROUPS)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        word = _mix64(words.to(tl.int64) * _GAMMA + ((place >> 2) * _GAMMA + key))
-        low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-        even = tl.join(low & 0xFFFF, high & 0xFFFF)
-        odd = tl.join((low >> 16) & 0xFFFF, (high >> 16) & 0xFFFF)
-        return tl.reshape(tl.join(even, odd), [GROUPS, 64])
+        words = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        word = _mix64(words.to(tl.int64) * _GAMMA + ((place >> 3) * _GAMMA + key))
+        word = tl.join(word, _rotated(word))
+        pair = tl.join(word.to(tl.int32), (word >> 32).to(tl.int32))
+        drawn = tl.join(pair & MASK, (pair >> (16 - SHARED)) & MASK)
+        return tl.reshape(drawn, [GROUPS, 64])
     else:
-        inside = offsets + (place & 3).to(tl.int32)
-        word = _mix64((inside >> 2).to(tl.int64) * _GAMMA + ((place >> 2) * _GAMMA + key))
-        return (word >> ((inside & 3) * 16).to(tl.int64)).to(tl.int32) & 0xFFFF
+        inside = offsets + (place & 7).to(tl.int32)
+        word = _mix64((inside >> 3).to(tl.int64) * _GAMMA + ((place >> 3) * _GAMMA + key))
+        word = tl.where((inside & 4) != 0, _rotated(word), word)
+        first = (inside & 3) * 16 - (inside & 1) * SHARED
+        return (word >> first.to(tl.int64)).to(tl.int32) & MASK

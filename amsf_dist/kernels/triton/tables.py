@@ -21,7 +21,7 @@ from amsf_dist.storage.noise import family_of, stream_of
 
 __all__ = ["Programs", "Tables", "build"]
 
-_WORD = 4  # numbers that share a random word
+_WORD = 8  # numbers that share a random word
 
 
 @dataclass(frozen=True)
