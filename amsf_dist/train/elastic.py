@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,7 +30,7 @@ from amsf_dist.train.errors import UserError, one_line
 from amsf_dist.train.launch import tell_of_failure
 from amsf_dist.train.machine import free_port
 from amsf_dist.train.preflight import check_output
-from amsf_dist.train.stopped import PROGRESS_FILE, progress
+from amsf_dist.train.stopped import listening, progress
 from amsf_dist.train.text import check_source
 
 __all__ = ["STOPPED", "main"]
@@ -48,8 +46,7 @@ def main(words: Sequence[str]) -> int:
         words: torchrun's arguments: `--nnodes 1:2 ... -m amsf_dist train CONFIG`.
     """
     arguments = parse_args(list(words))
-    with tempfile.TemporaryDirectory(prefix="amsf-") as directory:
-        os.environ[PROGRESS_FILE] = str(Path(directory) / "progress")
+    with listening():
         signal.signal(signal.SIGTERM, _stop)  # torch takes over once there are workers
         try:
             check(arguments)

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import uuid
 from pathlib import Path
 from types import FrameType
@@ -21,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from amsf_dist.train.signals import STOP_FILE
-from amsf_dist.train.stopped import PROGRESS_FILE, STOP_CODE, progress
+from amsf_dist.train.stopped import STOP_CODE, listening, progress
 
 __all__ = ["is_worker", "launch", "tell_of_failure"]
 
@@ -47,10 +46,9 @@ def launch(arguments: list[str], nproc: int, device: str) -> int:
         )
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     _silence_launcher()
-    with tempfile.TemporaryDirectory(prefix="amsf-") as directory:
-        stop_file = Path(directory) / "stop"
+    with listening() as directory:
+        stop_file = directory / "stop"
         os.environ[STOP_FILE] = str(stop_file)
-        os.environ[PROGRESS_FILE] = str(Path(directory) / "progress")
         _pass_on_signals(stop_file)
         config = LaunchConfig(
             min_nodes=1,
@@ -62,7 +60,7 @@ def launch(arguments: list[str], nproc: int, device: str) -> int:
             local_addr="localhost",
             max_restarts=0,
             signals_to_handle="SIGQUIT",
-            logs_specs=DefaultLogsSpecs(log_dir=directory),
+            logs_specs=DefaultLogsSpecs(log_dir=str(directory)),
         )
         try:
             elastic_launch(config, sys.executable)("-m", "amsf_dist", *arguments)

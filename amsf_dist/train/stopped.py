@@ -7,13 +7,16 @@ into a file how far it is, and the launcher there looks.
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["PROGRESS_FILE", "REJOIN", "STOP_CODE", "exit_code", "progress", "tell"]
+__all__ = ["PROGRESS_FILE", "REJOIN", "STOP_CODE", "exit_code", "listening", "progress", "tell"]
 
 PROGRESS_FILE = "AMSF_PROGRESS_FILE"
-"""Environment variable with the name of that file; `launch` and `elastic` set it."""
+"""Environment variable with the name of that file; `listening` sets it."""
 STOP_CODE = "AMSF_STOP_CODE"
 """Environment variable with the exit code of `amsf train` for a job that stopped and saved; 0."""
 REJOIN = 75
@@ -21,6 +24,25 @@ REJOIN = 75
 
 Progress = Literal["nothing", "training", "stopped"]
 """Nothing yet that could be lost; steps are being done; asked to stop, and everything is saved."""
+
+
+@contextmanager
+def listening() -> Iterator[Path]:
+    """Have the processes that are started here `tell`.
+
+    Yields:
+        A folder that lasts as long.
+    """
+    before = os.environ.get(PROGRESS_FILE)
+    with tempfile.TemporaryDirectory(prefix="amsf-") as directory:
+        os.environ[PROGRESS_FILE] = str(Path(directory) / "progress")
+        try:
+            yield Path(directory)
+        finally:
+            # a job that this process runs later would tell a file that is gone
+            del os.environ[PROGRESS_FILE]
+            if before is not None:
+                os.environ[PROGRESS_FILE] = before
 
 
 def tell(progress: Progress) -> None:

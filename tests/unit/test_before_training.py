@@ -175,6 +175,7 @@ def test_gpus_that_are_not_there_are_named(
     code = elastic.main(["--nproc-per-node", "gpu", "-m", "amsf_dist", "train", str(config)])
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and "NPROC_PER_NODE=2" in error
+    assert stopped.PROGRESS_FILE not in os.environ  # jobs that this process runs later do not tell
 
 
 @pytest.mark.parametrize(
