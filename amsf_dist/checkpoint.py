@@ -76,6 +76,7 @@ def import_state_dict(
         for error in holding.errors:  # the model's file holds all that there is of the weights
             error.zero_()
     for unit in current.units:
+        unit.sums.send()
         unit.sums.agree()  # on the means of blocks cut by a shard boundary
     for holding in holdings:
         for partition in holding.partitions:

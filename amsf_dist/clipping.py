@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from amsf_dist.plan import Lane
+    from amsf_dist.lane import Lane
 
 __all__ = ["COUNTER", "NEEDS_NORMS", "clip_", "expected_square"]
 

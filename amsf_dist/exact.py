@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from amsf_dist import kernels
+from amsf_dist.collective import partitions_of
 from amsf_dist.kernels import Holding, Kernel
-from amsf_dist.reduce import BlockSums, partitions_of
+from amsf_dist.reduce import BlockSums
 
 __all__ = ["ExactBlockSums"]
 
@@ -49,10 +50,9 @@ class ExactBlockSums(BlockSums):
                 bits = self._bits[number][first : first + piece.num_sums]
                 bits.fill_(_INTEGER_BITS - terms - max(_REPLICA_BITS, (most - 1).bit_length()))
 
-    @property
-    def nobody_waits(self) -> bool:
-        """Sums are not those of the kernels."""
-        return False
+    def waits(self, holding: Holding) -> bool:
+        """Sums are not those of the kernels: everything does."""
+        return True
 
     def clear(self) -> None:
         """Set every sum to zero."""
@@ -61,13 +61,16 @@ class ExactBlockSums(BlockSums):
         for integers in self._integers:
             integers.zero_()
 
-    def measure(self, kernel: Kernel) -> None:
+    def measure(self, kernel: Kernel, later: bool = False) -> None:
         """Find the largest square of every block; the squares are added when all know it."""
         for holding in kernel.holdings:
             if holding.param.grad is not None:
                 for partition in holding.partitions:
                     kernels.largest_square(holding, partition)
                 self._measured.append(holding)
+
+    def send(self) -> None:
+        """Nothing can be sent before the largest squares are known to all."""
 
     def agree(self) -> dict[torch.device, Tensor]:
         """Agree on the largest squares, then on the sums; see `BlockSums.agree`."""

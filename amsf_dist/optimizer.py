@@ -15,6 +15,7 @@ from amsf_dist import blocks as block_rules
 from amsf_dist.architecture import Facts, read_architecture
 from amsf_dist.hyper import Hyper
 from amsf_dist.kernels import Holding
+from amsf_dist.lane import Lane
 from amsf_dist.owner import Expected, Owner, is_building
 from amsf_dist.progress import Progress
 from amsf_dist.shards import Flats, Part, flats_of, is_partitioned
@@ -66,7 +67,8 @@ class AMSF(Stepping):
             parameter's gradient by its own past norms. docs/release.md.
         max_norm: of `clip="norm"`, which it implies.
         nonfinite: what a gradient that is not finite holds back: "step", everything, or "block",
-            only the blocks that have such gradients, which lets a CPU measure and move in one pass.
+            only the blocks that have such gradients, which lets a step read gradients once and
+            move uncut blocks while ranks agree on the cut ones.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message has its range and the cure.
@@ -226,7 +228,7 @@ class AMSF(Stepping):
         return self._ready().holdings
 
     @property
-    def lanes(self) -> list[plan.Lane]:
+    def lanes(self) -> list[Lane]:
         """The same, those together that share hyper-parameters and counters."""
         return [lane for unit in self._ready().units for lane in unit.lanes]
 

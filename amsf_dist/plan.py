@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,90 +17,21 @@ from torch import Tensor
 
 from amsf_dist import clipping
 from amsf_dist import state as states
-from amsf_dist.clock import Lately, advance
+from amsf_dist.clock import Lately
 from amsf_dist.exact import ExactBlockSums
 from amsf_dist.groups import Seat
-from amsf_dist.kernels import Grouping, Holding, Kernel, Moves, kernels_for
-from amsf_dist.kernels.choice import on_host
+from amsf_dist.kernels import Grouping, Holding
 from amsf_dist.kernels.holding import WEIGHT, Line, Partition
+from amsf_dist.lane import Lane
 from amsf_dist.peaks import GroupPeaks
 from amsf_dist.reduce import BlockSums
-from amsf_dist.rules import RULES, Rule
+from amsf_dist.rules import RULES
 from amsf_dist.shards import Flats, copy_into, locate
 from amsf_dist.storage import state_storage, weight_storage
 
-__all__ = ["Lane", "Plan", "Unit", "build", "is_current"]
+__all__ = ["Plan", "Unit", "build", "is_current"]
 
 _State = dict[Tensor, dict[str, Any]]
-
-
-@dataclass
-class Lane:
-    """Parameters of one group on one device: they share hyper-parameters and counters.
-
-    Attributes:
-        lately: what lanes of the group share of a step.
-        kernels: that step them; each tensor has one.
-    """
-
-    group: Mapping[str, Any]
-    rule: Rule
-    device: torch.device
-    holdings: list[Holding]
-    counters: states.Counters
-    lately: Lately
-    kernels: list[Kernel] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Choose the kernels."""
-        self.kernels = kernels_for(self.holdings)
-
-    def moves(
-        self, finite: Tensor, everyone_knows: bool, part: int = 0, last: bool = True
-    ) -> list[Moves]:
-        """Advance the counters, and the moments of every parameter that has a gradient.
-
-        Args:
-            finite: 0-dim bool on the lane's device; where False nothing changes.
-            everyone_knows: whether all ranks that share the step have this verdict; if not, every
-                block decides for itself.
-            part: how many parts of the step have been added before.
-            last: whether this is the last one; counters advance with it.
-
-        Returns:
-            What is to be written of those parameters.
-        """
-        stepping = [h for h in self.holdings if h.param.grad is not None]
-        # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
-        absent = [
-            h
-            for h in self.holdings
-            if h.param.grad is None and h.layout.flat and not h.layout.numel
-        ]
-        # not "if anything has a gradient": under FSDP1 ranks without a part of what was used differ
-        counts = self.rule.ticks_without_gradient and self.group["train_mode"]
-        elsewhere = self.group["train_mode"] and len(absent) == len(self.holdings)
-        host = on_host(self.device)
-        if not (stepping or counts or elsewhere) or (host and everyone_knows and not finite):
-            return []
-        # Where the host can read the verdict for nothing, a finite step needs no masks.
-        verdict = None if host and finite else finite
-        known = verdict if everyone_knows else None
-        indices = [holding.index for holding in stepping + absent]
-        columns = advance(
-            self.rule, self.group, self.counters.values, indices, self.lately, known, part, last
-        )
-        by_block = verdict is not None and not everyone_knows
-        # every part rounds with numbers of its own
-        draws = self.counters.values["step"] + part * _PARTS_APART
-        return [
-            moves
-            for kernel in self.kernels
-            for moves in kernel.moves(columns, draws, verdict, by_block)
-        ]
-
-
-_PARTS_APART = 2.0**32
 
 
 @dataclass
@@ -207,17 +138,19 @@ def _unit(
             holding = _hold(seat, state, flats)
             key = id(seat.group), holding.exp_avg_sq.device
             on_device.setdefault(key, []).append(holding)
-    lanes = []
-    for (number, device), holdings in on_device.items():
+    for holdings in on_device.values():
         for index, holding in enumerate(holdings):
             holding.index = index
+    held = [holding for holdings in on_device.values() for holding in holdings]
+    exact = any(seat.group["deterministic"] for seat in seats)
+    sums = (ExactBlockSums if exact else BlockSums)(held, own_groups)
+    lanes = []
+    for (number, device), holdings in on_device.items():
         group, rule = holdings[0].group, holdings[0].rule
         own = [state[holding.param] for holding in holdings]
         counters = states.Counters(states.counters_of(group), own, device)
-        lanes.append(Lane(group, rule, device, holdings, counters, lately[number]))
-    exact = any(seat.group["deterministic"] for seat in seats)
-    held = [holding for lane in lanes for holding in lane.holdings]
-    sums = (ExactBlockSums if exact else BlockSums)(held, own_groups)
+        waits = [sums.waits(holding) for holding in holdings]
+        lanes.append(Lane(group, rule, device, holdings, waits, counters, lately[number]))
     return Unit(lanes, sums, GroupPeaks(held, own_groups))
 
 

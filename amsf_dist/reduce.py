@@ -8,55 +8,17 @@ zeros and nobody waits for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from amsf_dist.clipping import NEEDS_NORMS
-from amsf_dist.kernels import Holding, Kernel, Partition
-from amsf_dist.shards import Axis, with_own_group
+from amsf_dist.collective import Collective, collectives_of, partitions_of
+from amsf_dist.kernels import Holding, Kernel
+from amsf_dist.shards import with_own_group
 
-__all__ = ["BlockSums", "partitions_of"]
-
-
-@dataclass
-class _Collective:
-    """One all-reduce: which sums go where in its payload.
-
-    Attributes:
-        axis: the ranks.
-        numel: floats, without the one that tells whether all is finite.
-        takes: per buffer (positions in the buffer, positions in the payload), int64.
-        replicas: [numel] how many ranks send the same sum.
-        squares: which tensors' squared norms are sent behind the sums, int64.
-    """
-
-    axis: Axis
-    numel: int
-    takes: list[tuple[Tensor, Tensor]]
-    replicas: Tensor
-    squares: Tensor
-
-    @property
-    def num_floats(self) -> int:
-        """Numbers in the payload."""
-        return self.numel + len(self.squares) + 1
-
-    def gather(self, buffers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """[num_floats] payload with this rank's sums in it, zero elsewhere."""
-        device = torch.device(self.axis.device_type)
-        payload = torch.zeros(self.num_floats, dtype=dtype, device=device)
-        for buffer, (places, slots) in zip(buffers, self.takes, strict=True):
-            payload.index_copy_(0, slots, buffer.index_select(0, places).to(device, dtype))
-        return payload
-
-    def scatter(self, payload: Tensor, buffers: Sequence[Tensor]) -> None:
-        """Write the reduced sums back."""
-        for buffer, (places, slots) in zip(buffers, self.takes, strict=True):
-            buffer.index_copy_(0, places, payload.index_select(0, slots).to(buffer))
-
+__all__ = ["BlockSums"]
 
 _VERDICTS = torch.tensor(False), torch.tensor(True)
 
@@ -82,10 +44,14 @@ class BlockSums:
             own_groups: whether to reduce on process groups of our own.
         """
         self._buffers, self._starts = _buffers(holdings)
-        self._collectives = _collectives(holdings, self._buffers, self._starts)
+        self._collectives = collectives_of(holdings, self._buffers, self._starts)
         self._owners = _owners(holdings, self._buffers, self._starts)
         self._num_holdings = len(holdings)
+        self._talks = bool(self._collectives) or any(own is not None for own in self._owners)
         self._kernels: list[Kernel] = []  # that have measured
+        self._doubt: list[Tensor] = []
+        self._squares = torch.zeros(0)
+        self._under_way: tuple[Tensor, dist.Work] | None = None
         self.squares = torch.zeros(len(holdings))
         reached = {collective.axis.group.group_name for collective in self._collectives}
         if own_groups:
@@ -100,14 +66,28 @@ class BlockSums:
             for axis in partition.layout.spread
         )
 
-    @property
-    def nobody_waits(self) -> bool:
-        """Whether every block decides for itself, and no rank has sums that another one needs."""
-        return not self.everyone_knows and not self.num_collectives
+    def waits(self, holding: Holding) -> bool:
+        """Whether a tensor moves only when ranks have agreed.
 
-    def measure(self, kernel: Kernel) -> None:
-        """Add what this rank sees of a kernel's gradients to the sums."""
-        kernel.measure(self.nobody_waits)
+        All do where a gradient that is not finite holds back the whole step. Where blocks decide
+        for themselves, those do that other ranks have a part of: of a block, or of a group of
+        numbers with one scale; and those whose norm clips them.
+        """
+        return (
+            self.everyone_knows
+            or any(partition.layout.cuts for partition in holding.partitions)
+            or (holding.grouping is not None and bool(holding.grouping.shared))
+            or holding.group["clip"] in NEEDS_NORMS
+        )
+
+    def measure(self, kernel: Kernel, later: bool = False) -> None:
+        """Add what this rank sees of a kernel's gradients to the sums.
+
+        Args:
+            kernel: of tensors that wait, or of others.
+            later: they do not wait, and may be measured when they move.
+        """
+        kernel.measure(later)
         self._kernels.append(kernel)
 
     def clear(self) -> None:
@@ -116,42 +96,63 @@ class BlockSums:
         for buffer in self._buffers:
             buffer.zero_()
 
+    def send(self) -> None:
+        """Start the first all-reduce, with what is measured by now; it runs until `agree`."""
+        # 0 when all is finite, NaN otherwise; unlike a flag it can ride in a sum.
+        if self._talks:
+            self._doubt, self._squares = self._doubt_here(), self._squares_here()
+        if self._collectives:
+            self._under_way = self._start(self._collectives[0])
+
     def agree(self) -> dict[torch.device, Tensor]:
-        """Add up the cut blocks over their ranks.
+        """Add up the cut blocks over their ranks; after `send`.
 
         Returns:
             For every device that holds parameters a 0-dim bool: whether every gradient seen here,
             and by the ranks reached, is finite.
         """
-        alone = len(self._buffers) == 1 and self._owners == [None] and not self._collectives
+        if not self._talks:  # nothing to agree on; gradient release comes here for every module
+            return self.finite_here()
+        for collective in self._collectives:
+            payload, work = self._under_way or self._start(collective)
+            self._under_way, numel = None, collective.numel
+            work.wait()
+            collective.scatter(payload, self._buffers)
+            self._squares[collective.squares] = payload[numel:-1].to(self._squares.device)
+            for number in self._doubt:
+                number.copy_(payload[-1])
+        self.squares, doubt = self._squares[:-1], self._doubt
+        if not self.everyone_knows:  # other tensors were measured meanwhile
+            doubt = [sent + here for sent, here in zip(doubt, self._doubt_here(), strict=True)]
+        return _no_doubt(doubt)
+
+    def finite_here(self) -> dict[torch.device, Tensor]:
+        """For every device a 0-dim bool: whether what this rank has measured by now is finite."""
         known = [kernel.finite for kernel in self._kernels]
-        if alone and known and None not in known:
+        if len(self._buffers) == 1 and known and None not in known:
             # A kernel has looked at its sums. An operation of torch takes as long as thousands of
             # numbers, after a step has gone through all caches.
             return {self._buffers[0].device: _VERDICTS[all(known)]}
-        # 0 when all is finite, NaN otherwise; unlike a flag it can ride in a sum.
-        doubt = [_largest(buffer) * 0.0 for buffer in self._buffers]
-        if alone:  # nothing to agree on; gradient release comes here for every module
-            return {doubt[0].device: doubt[0].isfinite()}
-        dtype = torch.float32
-        if any(buffer.dtype == torch.float64 for buffer in self._buffers):
-            dtype = torch.float64
-        squares = self._squares_here(dtype)
-        for collective in self._collectives:
-            payload, numel = collective.gather(self._buffers, dtype), collective.numel
-            payload[:numel] /= collective.replicas
-            here = squares.index_select(0, collective.squares.to(squares.device))
-            payload[numel:-1] = here.to(payload.device) / collective.axis.replicas
-            payload[-1:] = _sum_on(payload.device, doubt)
-            dist.all_reduce(payload, group=collective.axis.group)
-            collective.scatter(payload, self._buffers)
-            squares[collective.squares] = payload[numel:-1].to(squares.device)
-            doubt = [number.copy_(payload[-1]) for number in doubt]
-        self.squares = squares[:-1]
-        return {number.device: _sum_on(number.device, doubt).isfinite() for number in doubt}
+        return _no_doubt(self._doubt_here())
 
-    def _squares_here(self, dtype: torch.dtype) -> Tensor:
-        """[holdings + 1] squared norms of what this rank has of the gradients."""
+    def _start(self, collective: Collective) -> tuple[Tensor, dist.Work]:
+        """Its payload, and the all-reduce of it that is under way."""
+        payload, numel = collective.gather(self._buffers, self._squares.dtype), collective.numel
+        payload[:numel] /= collective.replicas
+        here = self._squares.index_select(0, collective.squares.to(self._squares.device))
+        payload[numel:-1] = here.to(payload.device) / collective.axis.replicas
+        payload[-1:] = _sum_on(payload.device, self._doubt)
+        work = dist.all_reduce(payload, group=collective.axis.group, async_op=True)
+        return payload, work
+
+    def _doubt_here(self) -> list[Tensor]:
+        """Per buffer 0 where all of it is finite, else NaN."""
+        return [_largest(buffer) * 0.0 for buffer in self._buffers]
+
+    def _squares_here(self) -> Tensor:
+        """[holdings + 1] squared norms of what this rank has of the gradients, fp32 or fp64."""
+        fp64 = any(buffer.dtype == torch.float64 for buffer in self._buffers)
+        dtype = torch.float64 if fp64 else torch.float32
         device = self._buffers[0].device if self._buffers else torch.device("cpu")
         squares = torch.zeros(self._num_holdings + 1, dtype=dtype, device=device)
         for buffer, owners in zip(self._buffers, self._owners, strict=True):
@@ -177,59 +178,15 @@ def _owners(
     return [owner.to(device) for owner in owners]
 
 
-def partitions_of(holdings: Sequence[Holding]) -> list[Partition]:
-    """All ways in which these tensors are cut, in order."""
-    return [partition for holding in holdings for partition in holding.partitions]
-
-
-def _collectives(
-    holdings: Sequence[Holding], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
-) -> list[_Collective]:
-    """One per process group in which something is cut, in the order of the parameters."""
-    axes: dict[str, Axis] = {}
-    numel: dict[str, int] = {}
-    takes: dict[str, list[tuple[list[int], list[int]]]] = {}
-    replicas: dict[str, list[int]] = {}
-    squares: dict[str, list[int]] = {}
-    for index, holding in enumerate(holdings):
-        if holding.group["clip"] in NEEDS_NORMS:  # norms cross what shards, cut or not
-            for axis in holding.layout.spread:
-                squares.setdefault(axis.group.group_name, []).append(index)
-                axes.setdefault(axis.group.group_name, axis)
-    for name in axes:
-        numel[name], replicas[name], takes[name] = 0, [], [([], []) for _ in buffers]
-    for partition, (number, start) in zip(partitions_of(holdings), starts, strict=True):
-        for cut in partition.layout.cuts:
-            name = cut.axis.group.group_name
-            if name not in axes:
-                axes[name], numel[name], replicas[name] = cut.axis, 0, []
-                takes[name] = [([], []) for _ in buffers]
-            places, slots = takes[name][number]
-            places.extend(start + index for index in cut.sums)
-            slots.extend(numel[name] + slot for slot in cut.slots)
-            replicas[name].extend([cut.axis.replicas] * cut.num_slots)
-            numel[name] += cut.num_slots
-    return [
-        _Collective(
-            axis,
-            numel[name],
-            [
-                (
-                    torch.tensor(places, dtype=torch.int64, device=buffer.device),
-                    torch.tensor(slots, dtype=torch.int64, device=axis.device_type),
-                )
-                for buffer, (places, slots) in zip(buffers, takes[name], strict=True)
-            ],
-            torch.tensor(replicas[name], dtype=torch.int64, device=axis.device_type),
-            torch.tensor(squares.get(name, []), dtype=torch.int64),
-        )
-        for name, axis in axes.items()
-    ]
-
-
 def _largest(sums: Tensor) -> Tensor:
     """0-dim. No sum is negative, so that of all of them it is finite only if every one is."""
     return sums.amax() if len(sums) else sums.new_zeros(())
+
+
+def _no_doubt(doubt: Sequence[Tensor]) -> dict[torch.device, Tensor]:
+    if len(doubt) == 1:
+        return {doubt[0].device: doubt[0].isfinite()}
+    return {number.device: _sum_on(number.device, doubt).isfinite() for number in doubt}
 
 
 def _sum_on(device: torch.device, numbers: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from amsf_dist import clipping, plan
 from amsf_dist.hyper import Hyper
+from amsf_dist.lane import Scalars
 from amsf_dist.modes import TwoModes
 from amsf_dist.owner import Owner
 
@@ -85,24 +86,26 @@ class Stepping(TwoModes):
             for holding in unit.holdings:
                 if holding.param.grad is None and holding.param.requires_grad:
                     holding.param.grad = torch.zeros_like(holding.param)
-        sums = unit.sums
+        sums, lanes = unit.sums, unit.lanes
         sums.clear()
-        for lane in unit.lanes:  # measure what this rank can see
-            for kernel in lane.kernels:
+        for lane in lanes:  # measure what this rank can see
+            for kernel in lane.waiting:
                 sums.measure(kernel)
+        sums.send()
+        scalars = [] if sums.everyone_knows else _step_free(unit, last)
         finite = sums.agree()  # on the blocks cut by a shard boundary
         self._clip(unit)
         finite, first = self._verdicts(finite, sums.everyone_knows)
+        if sums.everyone_knows:
+            scalars = [lane.advance(finite[lane.device], unit.parts, last) for lane in lanes]
         moves = [
             move
-            for lane in unit.lanes
-            for move in lane.moves(finite[lane.device], sums.everyone_knows, unit.parts, last)
+            for lane, own in zip(lanes, scalars, strict=True)
+            for move in lane.moves(lane.waiting, own, finite[lane.device], sums.everyone_knows)
         ]
         unit.peaks.agree(moves)  # on scales that shards share
         for move in moves:
             move.write()
-        if sums.nobody_waits:  # what was measured while it moved counts as well
-            _, first = self._verdicts(sums.agree(), sums.everyone_knows)
         if isinstance(self._skipped, Tensor):
             self._skipped += first  # in place, so that a CUDA graph counts too
         else:
@@ -124,7 +127,8 @@ class Stepping(TwoModes):
     def skipped_steps(self) -> int:
         """Steps in which a gradient was not finite, whatever it held back.
 
-        Reading it waits for the device.
+        The same on every rank that has the verdict about all gradients; where blocks decide for
+        themselves, those that this rank saw. Reading it waits for the device.
         """
         return int(self._skipped)
 
@@ -211,6 +215,24 @@ class Stepping(TwoModes):
         Reading it waits for the device.
         """
         return None if self._square is None else float(self._square) ** 0.5
+
+
+def _step_free(unit: plan.Unit, last: bool) -> list[Scalars | None]:
+    """While ranks agree: measure and move what they need not agree on; blocks decide themselves.
+
+    Returns:
+        What the lanes' steps multiply by.
+    """
+    sums, lanes = unit.sums, unit.lanes
+    for lane in lanes:
+        for kernel in lane.free:
+            sums.measure(kernel, later=True)
+    scalars = [lane.advance(None, unit.parts, last) for lane in lanes]
+    finite = sums.finite_here()
+    for lane, own in zip(lanes, scalars, strict=True):
+        for move in lane.moves(lane.free, own, finite[lane.device], everyone_knows=False):
+            move.write()
+    return scalars
 
 
 def _free(unit: plan.Unit) -> None:

@@ -129,7 +129,9 @@ def kernels_for(holdings: Sequence[Holding]) -> list[Kernel]:
     chosen = os.environ.get(AMSF_KERNEL, "auto")
     if chosen not in ("auto", "reference", "triton"):
         raise ValueError(f"{AMSF_KERNEL} must be 'auto', 'reference' or 'triton', got {chosen!r}")
-    if chosen == "reference" or not holdings:
+    if not holdings:
+        return []
+    if chosen == "reference":
         return [Reference(holdings)]
     device = holdings[0].exp_avg_sq.device.type
     if chosen == "triton" or device == "cuda" and find_spec("triton") is not None:

@@ -197,3 +197,81 @@ def test_shards_leave_the_blocks_that_one_process_leaves(
         assert counted == 1 if blocks == "tensor" else counted <= 1  # a rank counts what it sees
         for name, weight in found.items():
             torch.testing.assert_close(weight, alone[name], rtol=1e-5, atol=1e-6)
+
+
+def what_follows_what(world_size: int, kernel: str) -> Any:
+    """Of two matrices the first is one block, cut by shards, the other has a block per row."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from amsf_dist import reduce
+
+    os.environ[AMSF_KERNEL] = kernel
+    events: list[str] = []
+    call, all_reduce = launch._call, reduce.dist.all_reduce
+
+    def called(name: str, table: Any) -> int:
+        events.append(name)
+        return call(name, table)
+
+    def reduced(payload: Tensor, **options: Any) -> Any:
+        assert options["async_op"]
+        events.append("send")
+        work = all_reduce(payload, **options)
+
+        class Work:
+            def wait(self) -> None:
+                events.append("wait")
+                work.wait()
+
+        return Work()
+
+    launch._call = called
+    reduce.dist.all_reduce = reduced  # type: ignore[assignment]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 32, bias=False))
+    if world_size > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = AMSF(
+        model,
+        lr=0.02,
+        blocks=[{"pattern": "^0", "kind": "tensor"}, {"pattern": ".*", "kind": "row"}],
+        state_storage="int8",
+        nonfinite="block",
+    )
+    skipped = []
+    for step in range(5):
+        model(torch.arange(256.0).view(4, 64) / 64.0).square().mean().backward()
+        grads = [param.grad for param in model.parameters()]
+        first, second = (g.to_local() if isinstance(g, DTensor) else g for g in grads)
+        if torch.distributed.get_rank() == 0 and step in (1, 3):
+            (first if step == 1 else second)[3, 5] = float("inf")  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+        skipped.append(optimizer.skipped_steps)
+    weights = {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach()
+        for name, param in model.named_parameters()
+    }
+    return weights, events, skipped
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_what_no_other_rank_has_a_part_of_moves_while_the_ranks_agree(kernel: str) -> None:
+    ((alone, _, counted),) = run_ranks(1, what_follows_what, 1, kernel)
+    assert counted == [0, 1, 1, 2, 2]
+    of_a_step = ["amsf_measure", "send", "amsf_step", "wait", "amsf_move"]
+    bad_step = of_a_step[:-1]  # the torch operations keep what a bad block has
+    if kernel == "reference":
+        of_a_step = bad_step = ["send", "wait"]
+    found = run_ranks(2, what_follows_what, 2, kernel)
+    assert [skipped for _, _, skipped in found] == [[0, 1, 1, 2, 2], [0, 1, 1, 1, 1]]
+    for rank, (weights, events, _) in enumerate(found):
+        assert events == [
+            event
+            for step in range(5)
+            for event in (bad_step if step == 1 or step == 3 and not rank else of_a_step)
+        ]
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, alone[name], rtol=1e-5, atol=1e-6)

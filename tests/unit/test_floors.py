@@ -20,11 +20,13 @@ FLOORS = (
     ("shards",),
     (
         "kernels",
+        "collective",
         "reduce",
         "exact",
         "peaks",
         "state",
         "clock",
+        "lane",
         "plan",
         "audit",
         "groups",
