@@ -22,6 +22,9 @@ from amsf_dist.shards.layout import itself
 
 __all__ = ["Table", "Written", "goes_once"]
 
+_OF_MATRICES = ("column_sums", "whole_sum", "column_moments", "whole_moment")
+"""Addresses that only factored pieces have."""
+
 
 class _Known(NamedTuple):
     """Kept with a holding from step to step.
@@ -33,9 +36,8 @@ class _Known(NamedTuple):
         key: hyper-parameters that they were made from.
         flat: whether the pieces count in the memory as it is, if that is contiguous.
         whole: whether the tensor is seen as this rank's memory.
-        agrees: whether blocks are scaled by `Move`: there is more than one way to cut it, or shares
-            of groups are sought before it is stored.
-        shared: whether groups are shared by tiles.
+        shared: whether groups are shared by tiles: then `Move` scales its blocks, and seeks what is
+            shared before it is stored.
         once: whether it can be measured and moved in one pass; see `passes_once`.
     """
 
@@ -45,7 +47,6 @@ class _Known(NamedTuple):
     key: tuple[Any, ...]
     flat: bool
     whole: bool
-    agrees: bool
     shared: bool
     once: bool
 
@@ -67,7 +68,7 @@ class Table:
         self._index = np.repeat([holding.index for holding in holdings], counts)
         ends = np.cumsum(counts).tolist()
         self._span = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
-        self._agreeing = [i for i, one in enumerate(self._known) if one.agrees]
+        self._agreeing = [i for i, one in enumerate(self._known) if one.shared]
         # of a step's rows: a column for each, tensors in the order of the holdings. Those of a lane
         # may differ in dtype, and so in storage
         self._kept = {
@@ -77,6 +78,10 @@ class Table:
             "moments": [holding.exp_avg_sq for holding in holdings],
             "sums": [holding.sums for holding in holdings],
         }
+        for number, sums, moments in ((1, *_OF_MATRICES[::2]), (2, *_OF_MATRICES[1::2])):
+            ways = [holding.partitions[number : number + 1] for holding in holdings]
+            self._kept[sums] = _first([[way.sums for way in own] for own in ways])
+            self._kept[moments] = _first([[way.moments for way in own] for own in ways])
         self._beside = [tensor for tensors in self._kept.values() for tensor in tensors]
         self._addresses: list[int] = []
         self._rows = np.zeros(0, PIECE)
@@ -96,16 +101,10 @@ class Table:
         self._measured = table, straight = self._of_step()
         alive: list[Tensor] = []
         for i, holding in enumerate(self.holdings):
-            if straight[i] and len(holding.partitions) == 1:
-                continue
-            rows, pieces = table[self._span[i]], holding.layout.pieces
             if not straight[i]:
-                lines = [flat_line(holding.gradient, piece) for piece in pieces]
+                lines = [flat_line(holding.gradient, piece) for piece in holding.layout.pieces]
                 alive += lines
-                rows["gradient"] = [line.data_ptr() for line in lines]
-            if len(holding.partitions) > 1:
-                for row, piece in zip(rows, pieces, strict=True):
-                    _measure_columns(row, holding, piece)
+                table[self._span[i]]["gradient"] = [line.data_ptr() for line in lines]
         return bool(_call("amsf_measure", table))
 
     def moves(self, c: Coefficients, draws: Tensor) -> Written:
@@ -189,9 +188,13 @@ class Table:
             if tensors:
                 rows[name] += self._spread(tensors)  # to where a piece begins
         rows["scales_before"] = rows["scales"]
-        own = rows["num_blocks"] * (rows["elementwise"] == 0)
+        matrices = rows["num_columns"] > 0
+        for name in _OF_MATRICES:
+            rows[name] *= matrices
+        own = rows["num_blocks"] * (rows["elementwise"] == 0) + rows["num_columns"]
         self._scratch = np.empty(int(own.sum()), np.float32)
         rows["scale"] = self._scratch.ctypes.data + 4 * (np.cumsum(own) - own)
+        rows["column_scale"] = (rows["scale"] + 4 * rows["num_blocks"]) * matrices
         return rows
 
     def _spread(self, tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
@@ -268,10 +271,10 @@ def _known(holding: Holding) -> _Known:
             for piece in holding.layout.pieces
         )
         shared = holding.grouping is not None and bool(holding.grouping.shared)
-        agrees = shared or len(holding.partitions) > 1
         whole = holding.layout.local is itself
-        once = flat and not agrees and passes_once(holding, tiles)
-        known = _Known(rows.tobytes(), len(rows), tiles, key, flat, whole, agrees, shared, once)
+        one_way = len(holding.partitions) == 1
+        once = flat and one_way and not shared and passes_once(holding, tiles)
+        known = _Known(rows.tobytes(), len(rows), tiles, key, flat, whole, shared, once)
         holding.prepared = known
     return known
 
@@ -284,13 +287,6 @@ def _open(row: np.void, opened: Opened) -> None:
     row["error"] = opened.weight[1].data_ptr() if len(opened.weight) > 1 else 0
     row["scales"] = row["scales_before"] = line[1].data_ptr() if len(line) > 1 else 0
     row["gradient_format"] = FORMATS[opened.gradient.dtype]
-
-
-def _measure_columns(row: np.void, holding: Holding, piece: Piece) -> None:
-    if piece.others:
-        columns, whole = piece.others
-        for name, number, cut in (("column_sums", 1, columns), ("whole_sum", 2, whole)):
-            row[name] = holding.partitions[number].sums.data_ptr() + 4 * cut.first_sum
 
 
 def _share(rows: Rows, holding: Holding, known: _Known, move: Move) -> list[Tensor]:

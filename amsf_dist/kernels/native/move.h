@@ -34,6 +34,31 @@ inline void scale_block(const Piece& piece, int64_t block) {
   if (piece.clips_blocks) piece.scale[block] = clipped(piece.scale[block], mean_sq);
 }
 
+// Rows and columns, each with a factor: `factored.scales_`. The matrix is one block to clip.
+inline void scale_matrix(const Piece& piece) {
+  // without eps an all-zero row would be 0 times infinity
+  const auto finite = [](float factor) { return is_finite(factor) ? factor : 0.0f; };
+  const float mean_sq = *piece.whole_sum / piece.whole_numel;
+  float mean, limit = 1.0f;
+  block_scale(piece, piece.whole_moment, mean_sq, &mean);
+  if (piece.clips_blocks) {
+    limit = 1.0f / std::sqrt(mean_sq) / mean;
+    if (limit > 1.0f) limit = 1.0f;
+  }
+  for (int64_t row = 0; row < piece.num_blocks; ++row) {
+    float scale;
+    block_scale(piece, piece.moments + row, piece.sums[row] / piece.block_numel, &scale);
+    piece.scale[row] = finite(scale / mean);
+  }
+  for (int64_t column = 0; column < piece.num_columns; ++column) {
+    float& scale = piece.column_scale[column];
+    const float squares = piece.column_sums[column] / piece.column_numel;
+    block_scale(piece, piece.column_moments + column, squares, &scale);
+    if (piece.clips_blocks) scale *= limit;
+    scale = finite(scale);
+  }
+}
+
 // The factor of every number's gradient.
 inline void spread_scale(const Piece& p, const Tile& tile, int64_t at, int n, Batch& batch) {
   if (p.elementwise) {
@@ -342,9 +367,14 @@ inline void move(const Piece* pieces, int64_t count, int threads) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(dynamic, 8)
-    for (int64_t p = 0; p < count; ++p)
-      if (!pieces[p].elementwise && !pieces[p].scaled)
-        for (int64_t b = 0; b < pieces[p].num_blocks; ++b) scale_block(pieces[p], b);
+    for (int64_t p = 0; p < count; ++p) {
+      const Piece& piece = pieces[p];
+      if (piece.elementwise || piece.scaled) continue;
+      if (piece.num_columns)
+        scale_matrix(piece);
+      else
+        for (int64_t b = 0; b < piece.num_blocks; ++b) scale_block(piece, b);
+    }
     // from the end: the gradients that were measured last may still be in a cache
 #pragma omp for schedule(dynamic, 1)
     for (int64_t job = 0; job < total; ++job) {

@@ -39,20 +39,20 @@ TILE = np.dtype(
 )
 _POINTERS = (
     "weight error gradient line scales scales_before peaks moments sums column_sums whole_sum "
-    "scale column_scale"
+    "column_moments whole_moment scale column_scale"
 )
 PIECE = np.dtype(
-    [(name, np.int64) for name in "tiles num_tiles num_blocks".split()]
+    [(name, np.int64) for name in "tiles num_tiles num_blocks num_columns".split()]
     + [(name, np.uint64) for name in _POINTERS.split()]
     + [("weight_family", np.uint64), ("line_family", np.uint64), ("step", np.int64)]
     + [("coefficients", np.float32, 5)]
     + [(name, np.float32) for name in "carry2 fresh2 inverse_correction2 eps".split()]
-    + [(name, np.float32) for name in "block_numel factor".split()]
+    + [(name, np.float32) for name in "block_numel column_numel whole_numel factor".split()]
     + [
         (name, np.int32)
         for name in (
             "gradient_format weight_format weight_kind error_bits line_kind rule decays "
-            "clips_blocks elementwise scaled scales_gradient unused"
+            "clips_blocks elementwise scaled scales_gradient"
         ).split()
     ],
     align=True,
@@ -117,6 +117,14 @@ def rows_of(holding: Holding) -> tuple[Rows, list[Rows]]:
         row["num_blocks"] = piece.num_blocks
         row["moments"], row["sums"] = 4 * piece.first_block, 4 * piece.first_sum
         row["block_numel"] = piece.part.blocks.block_numel
+        if piece.others:
+            columns, whole = piece.others
+            row["num_columns"] = columns.num_blocks
+            row["column_sums"], row["whole_sum"] = 4 * columns.first_sum, 4 * whole.first_sum
+            row["column_moments"] = 4 * columns.first_block
+            row["whole_moment"] = 4 * whole.first_block
+            row["column_numel"] = columns.part.blocks.block_numel
+            row["whole_numel"] = whole.part.blocks.block_numel
         row["elementwise"] = piece.part.elementwise
         row["decays"] = holding.group["decay"] == "all" or len(piece.part.shape) >= 2
         row["rule"] = RULES[type(holding.rule)][0]

@@ -24,6 +24,7 @@ struct Piece {
   const Tile* tiles;
   int64_t num_tiles;
   int64_t num_blocks;
+  int64_t num_columns;            // factored, else 0
   void* weight;
   void* error;                    // of the weight's storage
   const void* gradient;
@@ -33,23 +34,24 @@ struct Piece {
   const float* peaks;
   float* moments;                 // [num_blocks], of elements [numel]
   float* sums;                    // [num_blocks], of elements [1]
-  float* column_sums;             // factored: [columns], else null
+  float* column_sums;             // factored: [num_columns], else null
   float* whole_sum;               // factored: [1]
+  float* column_moments;          // factored: [num_columns]
+  float* whole_moment;            // factored: [1]
   float* scale;                   // [num_blocks] factor of the gradient
-  const float* column_scale;      // factored: [columns]
+  float* column_scale;            // factored: [num_columns], else null
   uint64_t weight_family, line_family;
   int64_t step;
   // coefficients of the rule, in the order of its fields that `move` uses
   float a, b, c, d, e;
   float carry2, fresh2, inverse_correction2, eps;
-  float block_numel, factor;
+  float block_numel, column_numel, whole_numel, factor;
   Format gradient_format, weight_format;
   WeightKind weight_kind;
   int32_t error_bits;
   LineKind line_kind;
   int32_t rule;           // 0 schedule_free, 1 ema
   int32_t decays, clips_blocks, elementwise, scaled, scales_gradient;
-  int32_t unused;
 };
 
 // What the number at a place of the parameter's line is rounded with, and those behind it.
