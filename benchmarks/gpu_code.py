@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from amsf_dist.kernels.triton import measure, move
+from amsf_dist.kernels.triton import measure, moments, move
 from amsf_dist.kernels.triton.columns import COLUMNS
 
 POINTERS = {
@@ -103,7 +103,9 @@ def kernels() -> list[dict[str, Any]]:
     found.append(compiled(measure.add_columns, COLUMNS=COLUMNS))
     found.append(compiled(measure.add_parts, NUMBERS=2048))
     blocks = {"CLIP_BLOCKS": False, "BY_BLOCK": True, "BLOCKS": 128}
-    found.append(compiled(measure.advance_moments, warps=1, **blocks))
+    found.append(compiled(moments.advance_moments, warps=1, **blocks))
+    clips = {**blocks, "CLIP_BLOCKS": True}
+    found.append(compiled(moments.advance_matrices, warps=1, **clips))
     return found
 
 

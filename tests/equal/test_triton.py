@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 
 from amsf_dist import AMSF
 from amsf_dist.kernels import choice
-from amsf_dist.kernels.triton import measure, move, noise, stepper, tables
+from amsf_dist.kernels.triton import measure, moments, move, noise, stepper, tables
 from amsf_dist.kernels.triton.tables import Programs
 from amsf_dist.reduce import BlockSums
 from amsf_dist.storage.noise import bits, family_of, stream_of
@@ -36,8 +36,9 @@ pytestmark = [
 
 SHAPES = ((10, 6), (7,), (3, 130), (2, 4, 40), (1,), (5, 320))
 WEIGHTS = ("native", "bf16+8", "bf16+16", "kahan", "stochastic")
-KERNELS = (measure.measure, measure.add_parts, measure.advance_moments, move.move)
+KERNELS = (measure.measure, measure.add_parts, moments.advance_moments, move.move)
 KERNELS += (move.measure_and_move, measure.measure_columns, measure.add_columns)
+KERNELS += (moments.advance_matrices,)
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +266,11 @@ def test_one_launch_steps_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = count_launches(monkeypatch)
     trained("triton", monkeypatch, torch.float32, steps=1, shapes=[(2, 64)] * 9 + [(16,)] * 9)
     assert sorted(launches) == ["advance_moments", "measure", "move", "move"]
+    launches.clear()
+    matrices = {"shapes": [(3, 64)] * 9, "blocks": "factored"}
+    trained("triton", monkeypatch, torch.float32, steps=1, **matrices)
+    columns = ["add_columns", "add_parts", "advance_matrices", "measure_columns"]
+    assert sorted(launches) == sorted([*columns, "advance_moments", "measure", "move"])
 
 
 @pytest.mark.parametrize("blocks", ["auto", "factored"])

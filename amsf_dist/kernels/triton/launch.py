@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amsf_dist.kernels import factored
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.triton import measure as measuring
+from amsf_dist.kernels.triton import moments
 from amsf_dist.kernels.triton import move as moving
 from amsf_dist.kernels.triton.columns import COLUMNS
 from amsf_dist.kernels.triton.fits import storages
 from amsf_dist.kernels.triton.tables import Programs, Tables
-from amsf_dist.rules.protocol import Coefficients
 
 __all__ = ["Launch", "Scalars", "TritonMoves"]
 
@@ -34,7 +33,6 @@ class Scalars(NamedTuple):
         verdict: 0-dim bool.
         by_block: whether every block decides for itself.
         clip_blocks: see `second_moment`.
-        rows: the rule's scalars of every parameter; empty where none is factored.
     """
 
     coefficients: Tensor
@@ -43,7 +41,6 @@ class Scalars(NamedTuple):
     verdict: Tensor
     by_block: bool
     clip_blocks: bool
-    rows: Sequence[Coefficients]
 
 
 @dataclass
@@ -108,29 +105,23 @@ class Launch:
         """Advance the moments of blocks; [blocks] fp32 factors of the gradient."""
         tables, programs = self.tables, self.programs
         scales = given.coefficients.new_empty(max(1, tables.num_scales))
-        if tables.moments is not None:
-            with self.on_device():
-                measuring.advance_moments[(len(tables.moments),)](
-                    tables.moments,
-                    tables.pieces,
-                    given.coefficients,
-                    given.verdict,
-                    scales,
-                    CLIP_BLOCKS=given.clip_blocks,
-                    BY_BLOCK=given.by_block,
-                    BLOCKS=programs.blocks,
-                    num_warps=max(1, programs.blocks // 128),
-                    **_OPTIONS,
-                )
-        for one in tables.columns.factored:  # short vectors, for which torch operations do
-            c = given.rows[one.holding.index]
-            rows, columns, moves = factored.scales_(
-                one.holding, one.piece, c, given.verdict, given.by_block
-            )
-            if given.by_block and moves is not None:
-                rows = torch.where(moves, rows, -1.0)
-            scales[one.rows : one.rows + len(rows)].copy_(rows)
-            scales[one.columns : one.columns + len(columns)].copy_(columns)
+        options = {
+            "CLIP_BLOCKS": given.clip_blocks,
+            "BY_BLOCK": given.by_block,
+            "BLOCKS": programs.blocks,
+            "num_warps": max(1, programs.blocks // 128),
+            **_OPTIONS,
+        }
+        with self.on_device():
+            # those of matrices first: they read what the other changes
+            for kernel, items in (
+                (moments.advance_matrices, tables.columns.moments),
+                (moments.advance_moments, tables.moments),
+            ):
+                if items is not None:
+                    kernel[(len(items),)](
+                        items, tables.pieces, given.coefficients, given.verdict, scales, **options
+                    )
         return scales
 
     def move(self, given: Scalars, scales: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sums of squares of blocks, and what becomes of them: the kernels that come before `move`.
+"""Sums of squares of blocks and of columns: the kernels that come first.
 
 No atomic operation: a sum is formed by one program, or its parts are written side by side and
 added in order, so it does not depend on which program comes first.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from amsf_dist.kernels.triton.arithmetic import FIELDS, is_finite, second_moment
 from amsf_dist.kernels.triton.memory import load_number
 
 __all__ = [
@@ -17,40 +16,27 @@ __all__ = [
     "COLUMN_FIELDS",
     "COLUMN_PART_FIELDS",
     "MEASURE_FIELDS",
-    "MOMENT_FIELDS",
     "PART_FIELDS",
-    "PIECE_FIELDS",
     "add_columns",
     "add_parts",
-    "advance_moments",
     "measure",
     "measure_columns",
 ]
-
-_FIELDS = tl.constexpr(FIELDS)
 
 MEASURE_FIELDS = 5
 """piece; first number; numbers per row; rows; address of the first row's sum, fp32."""
 PART_FIELDS = 3
 """address of the first part, fp32; parts; address of the sum."""
-MOMENT_FIELDS = 5
-"""piece; address of the first moment; of the first sum; first scale; blocks."""
 COLUMN_FIELDS = 6
 """piece; first number; numbers per row of the matrix; rows; columns; address of their sums."""
 COLUMN_PART_FIELDS = 5
 """address of the first part, fp32; parts; numbers from one to the next; columns; address of their
 sums."""
-PIECE_FIELDS = 10
-"""addresses of the error bits, of the line, of its scales, of the moments; numbers per block of the
-whole parameter; place in the lane; whether it is a matrix; families of the random numbers of the
-weight and of the line; where factored, the first column's place in `scales`."""
 ADDRESS_FIELDS = 2
 """of the weight; of the gradient."""
 
 _MEASURE = tl.constexpr(MEASURE_FIELDS)
 _PART = tl.constexpr(PART_FIELDS)
-_MOMENT = tl.constexpr(MOMENT_FIELDS)
-_PIECE = tl.constexpr(PIECE_FIELDS)
 _ADDRESS = tl.constexpr(ADDRESS_FIELDS)
 _COLUMN = tl.constexpr(COLUMN_FIELDS)
 _COLUMN_PART = tl.constexpr(COLUMN_PART_FIELDS)
@@ -164,40 +150,3 @@ def add_parts(items, NUMBERS: tl.constexpr):
     for begin in range(0, count, NUMBERS):
         total += tl.load(parts + begin + at, mask=begin + at < count, other=0.0)
     tl.store(tl.load(item + 2).to(tl.pointer_type(tl.float32)), tl.sum(total, axis=0))
-
-
-@triton.jit
-def advance_moments(
-    items, pieces, coefficients, verdict, scales,
-    CLIP_BLOCKS: tl.constexpr, BY_BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Advance the moments of blocks by their sums, and write the factors of the gradient.
-
-    Args:
-        items: [programs, MOMENT_FIELDS] int64.
-        pieces: [pieces, PIECE_FIELDS] int64.
-        coefficients: [lane's parameters, FIELDS] fp32.
-        verdict: bool on the device; where False nothing changes, unless BY_BLOCK.
-        scales: fp32, written; -1 where BY_BLOCK and the block's gradient is not finite.
-        CLIP_BLOCKS: see `second_moment`.
-        BY_BLOCK: every block decides for itself.
-        BLOCKS: per program.
-    """
-    item = items + tl.program_id(0) * _MOMENT
-    piece = pieces + tl.load(item) * _PIECE
-    at = tl.arange(0, BLOCKS)
-    mask = at < tl.load(item + 4)
-    moments = tl.load(item + 1).to(tl.pointer_type(tl.float32)) + at
-    sums = tl.load(item + 2).to(tl.pointer_type(tl.float32)) + at
-    mean_sq = tl.math.div_rn(tl.load(sums, mask=mask, other=0.0), tl.load(piece + 4).to(tl.float32))
-    c = coefficients + tl.load(piece + 5) * _FIELDS
-    after, scale = second_moment(tl.load(moments, mask=mask, other=0.0), mean_sq, c, CLIP_BLOCKS)
-    if BY_BLOCK:
-        moves = is_finite(mean_sq)
-        scale = tl.where(moves, scale, -1.0)
-        mask = mask & moves
-        tl.store(scales + tl.load(item + 3) + at, scale, mask=at < tl.load(item + 4))
-    else:
-        mask = mask & (tl.load(verdict) != 0)
-        tl.store(scales + tl.load(item + 3) + at, scale, mask=mask)
-    tl.store(moments, after, mask=mask)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from amsf_dist.kernels.triton.arithmetic import FIELDS, is_finite, moved, second_moment
-from amsf_dist.kernels.triton.measure import ADDRESS_FIELDS, PIECE_FIELDS
+from amsf_dist.kernels.triton.measure import ADDRESS_FIELDS
 from amsf_dist.kernels.triton.memory import (
     load_line,
     load_number,
@@ -17,6 +17,7 @@ from amsf_dist.kernels.triton.memory import (
     store_line,
     store_weight,
 )
+from amsf_dist.kernels.triton.moments import PIECE_FIELDS
 from amsf_dist.kernels.triton.noise import key_of
 
 __all__ = ["MOVE_FIELDS", "measure_and_move", "move"]
@@ -122,7 +123,7 @@ def move(
         factors: [lane's parameters] fp32, of the gradients.
         steps: [lane's parameters] fp64, keys of the random numbers.
         verdict: bool on the device; where False nothing changes, unless BY_BLOCK.
-        scales: of the blocks, from `advance_moments`.
+        scales: of the blocks, from moments.py.
         RULE: its name.
         ELEMENT: whether every element is a block.
         FACTORED: whether columns have factors too, in `scales`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amsf_dist.kernels.choice import Kernel, Moves, Reference, by_parameter
+from amsf_dist.kernels.choice import Kernel, Moves, Reference
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.triton.arithmetic import FIELDS, SCALARS
 from amsf_dist.kernels.triton.fits import FORMATS, Stretch, storages, stretches
@@ -58,7 +58,6 @@ class TritonKernel:
         self._yes = torch.ones((), dtype=torch.bool, device=self._device)
         self._ones: Tensor | None = None
         self._fuses = False
-        self._factored = any(len(holding.partitions) > 1 for holding in self.holdings)
 
     def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
@@ -80,7 +79,6 @@ class TritonKernel:
             self._yes if finite is None else finite,
             by_block,
             c.clip_blocks,
-            by_parameter(c, draws)[0] if self._factored else (),
         )
         moves: list[Moves] = [TritonMoves(launch, scalars) for launch in launches]
         return [*moves, *Reference(others).moves(c, draws, finite, by_block)]

@@ -34,7 +34,7 @@ class Programs:
         columns: numbers that a program of `measure` reads at once.
         longest: part of a block that one program of `measure` sums.
         item: numbers for one row of the table of `measure`, if a block is not longer.
-        blocks: per program of `advance_moments`.
+        blocks: per program of `advance_moments` and `advance_matrices`.
         warps: of `measure` and `move`.
     """
 
@@ -57,7 +57,7 @@ class Tables:
 
     Attributes:
         pieces: [pieces, PIECE_FIELDS].
-        num_scales: blocks in all of them, element blocks not counted.
+        num_scales: blocks in all of them and in all ways to cut them, element blocks not counted.
         measures: (rows, columns, aligned) -> items of `measure`.
         adds: items of `add_parts`; None: every sum is formed by one program.
         parts: fp32, what those add.
@@ -163,17 +163,18 @@ def _add(
             whole = not element and move[5] % GROUP == 0 and move[6] % GROUP == 0
             rows.moves.setdefault((element, bool(piece.others), whole, ok), []).append(move)
     if piece.others:
-        strip = max(1, programs.item // GROUP)
-        rows.columns.add(holding, piece, number, rows.num_scales, strip, fine)
-        rows.pieces[number][-1] = rows.num_scales + piece.num_blocks
-        rows.num_scales += piece.num_blocks + piece.others[0].num_blocks
+        rows.columns.add(holding, piece, number, max(1, programs.item // GROUP), fine)
+        first = rows.num_scales
+        rows.moments.append(rows.columns.advance(holding, piece, number, first, programs.blocks))
+        rows.pieces[number][-1] = first + piece.num_blocks
+        rows.num_scales += piece.num_blocks + piece.others[0].num_blocks + 1
     elif not element:
         moments = holding.exp_avg_sq.data_ptr() + FP32 * piece.first_block
         for at in range(0, piece.num_blocks, programs.blocks):
             count, skipped = min(programs.blocks, piece.num_blocks - at), FP32 * at
-            rows.moments.append(
-                [number, moments + skipped, sums + skipped, rows.num_scales + at, count]
-            )
+            addresses = [moments + skipped, sums + skipped]
+            numel = piece.part.blocks.block_numel
+            rows.moments.append([number, *addresses, rows.num_scales + at, count, numel])
         rows.num_scales += piece.num_blocks
 
 
