@@ -27,8 +27,11 @@ _RUNNING_DECAY = 0.9
 
 def clip_(
     lanes: Sequence[Lane], squares: Sequence[Tensor], total: Tensor, expected: Tensor | None
-) -> None:
-    """Set every tensor's factor, and shrink its block sums by the square of it.
+) -> Tensor:
+    """Set every tensor's factor.
+
+    Vectors over a lane throughout: an operation for each tensor would take a GPU's host longer than
+    the step.
 
     Args:
         lanes: of a unit.
@@ -37,9 +40,11 @@ def clip_(
         expected: 0-dim, squared norm of all gradients, going by those of earlier steps; None: all
             gradients are there, `total` is exact.
     """
+    factors: list[Tensor] = []
     for lane, own in zip(lanes, squares, strict=True):
         clip = lane.group["clip"]
         if clip not in NEEDS_NORMS:
+            factors.append(total.new_ones(len(own), dtype=torch.float64))
             continue
         before = lane.counters.values[COUNTER]
         own = own.to(before)
@@ -58,10 +63,10 @@ def clip_(
             factor = torch.full_like(before, 1.0) * limit.clamp(max=1.0)
             after = torch.where(before > 0, before.lerp(own, 1.0 - _RUNNING_DECAY), own)
         before.copy_(torch.where(own.isfinite() & (own > 0), after, before))
-        for holding, number in zip(lane.holdings, factor.unbind(), strict=True):
-            holding.factor = number.to(holding.compute_dtype)
-            for partition in holding.partitions:
-                partition.sums.mul_(holding.factor.square())
+        factors.append(factor.to(total.device, torch.float64))
+        for holding in lane.holdings:
+            holding.factors = factor
+    return torch.cat(factors)
 
 
 def expected_square(lanes: Sequence[Lane]) -> Tensor:

@@ -66,7 +66,7 @@ class Unit:
         for lane, own in zip(self.lanes, squares, strict=True):
             if lane.group["clip"] == "norm":
                 total = total + own.sum()
-        clipping.clip_(self.lanes, squares, total, expected)
+        self.sums.shrink(clipping.clip_(self.lanes, squares, total, expected))
         return total
 
     @property

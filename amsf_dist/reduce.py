@@ -47,7 +47,10 @@ class BlockSums:
         self._collectives = collectives_of(holdings, self._buffers, self._starts)
         self._owners = _owners(holdings, self._buffers, self._starts)
         self._num_holdings = len(holdings)
-        self._talks = bool(self._collectives) or any(own is not None for own in self._owners)
+        normed = [holding.group["clip"] in NEEDS_NORMS for holding in holdings]
+        self._normed = [i for i, needs in enumerate(normed) if needs and len(holdings[i].sums)]
+        self._sums = [holdings[index].sums for index in self._normed]
+        self._talks = bool(self._collectives) or any(normed)
         self._kernels: list[Kernel] = []  # that have measured
         self._doubt: list[Tensor] = []
         self._squares = torch.zeros(0)
@@ -126,6 +129,16 @@ class BlockSums:
             doubt = [sent + here for sent, here in zip(doubt, self._doubt_here(), strict=True)]
         return _no_doubt(doubt)
 
+    def shrink(self, factors: Tensor) -> None:
+        """Make every sum that of gradients that are so much smaller.
+
+        Args:
+            factors: [holdings] fp64, of the gradients.
+        """
+        for buffer, owners in zip(self._buffers, self._owners, strict=True):
+            own = factors.to(buffer).square()
+            buffer.mul_(own.index_select(0, owners))
+
     def finite_here(self) -> dict[torch.device, Tensor]:
         """For every device a 0-dim bool: whether what this rank has measured by now is finite."""
         known = [kernel.finite for kernel in self._kernels]
@@ -155,27 +168,27 @@ class BlockSums:
         dtype = torch.float64 if fp64 else torch.float32
         device = self._buffers[0].device if self._buffers else torch.device("cpu")
         squares = torch.zeros(self._num_holdings + 1, dtype=dtype, device=device)
-        for buffer, owners in zip(self._buffers, self._owners, strict=True):
-            if owners is not None:
-                squares.index_add_(0, owners, buffer.to(device, dtype))
+        if self._sums:
+            # No sum is negative. Adding by index would do the same in an order that changes on a
+            # GPU, and replicas would clip by factors that differ.
+            norms = torch._foreach_norm(self._sums, 1)
+            squares[self._normed] = torch.stack([norm.to(device, dtype) for norm in norms])
         return squares
 
 
 def _owners(
     holdings: Sequence[Holding], buffers: Sequence[Tensor], starts: Sequence[tuple[int, int]]
-) -> list[Tensor | None]:
-    """Which tensor's norm every sum belongs to; the last number: to none. None: none is needed."""
+) -> list[Tensor]:
+    """Which tensor every sum belongs to; nothing where no norm clips any."""
     if not any(holding.group["clip"] in NEEDS_NORMS for holding in holdings):
-        return [None for _ in buffers]
-    owners = [torch.full((len(buffer),), len(holdings)) for buffer in buffers]
+        return []
+    owners = [torch.empty(len(buffer), dtype=torch.int64) for buffer in buffers]
     places = iter(starts)
     for index, holding in enumerate(holdings):
         for partition in holding.partitions:
             number, start = next(places)
-            if partition is holding.partitions[0] and holding.group["clip"] in NEEDS_NORMS:
-                owners[number][start : start + partition.layout.num_sums] = index
-    device = buffers[0].device if buffers else torch.device("cpu")
-    return [owner.to(device) for owner in owners]
+            owners[number][start : start + partition.layout.num_sums] = index
+    return [own.to(buffer.device) for own, buffer in zip(owners, buffers, strict=True)]
 
 
 def _largest(sums: Tensor) -> Tensor:

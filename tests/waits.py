@@ -31,6 +31,21 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Operations(TorchDispatchMode):
+    """Counts what would be launched: views are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        aliases = any(own.alias_info is not None for own in func._schema.returns)
+        if not aliases or func._schema.is_mutable:
+            self.names.append(str(func))
+        return result
+
+
 @contextmanager
 def a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Inside, `amsf_dist` takes the CPU for a device."""

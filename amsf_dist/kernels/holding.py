@@ -71,7 +71,7 @@ class Holding:
         group: its parameter group, live.
         index: its place in the group's counters.
         grouping: where its lines lie in groups; None where no storage of theirs has any.
-        factor: 0-dim, of the gradient in this step; None: 1.
+        factors: [group's parameters] fp64, of the gradients in this step; None: 1.
         peaks: [lines, shared groups + 1] view of the step's peaks; the last one is always 0.
         prepared: what the kernel that steps it worked out once and for all.
     """
@@ -86,7 +86,7 @@ class Holding:
     group: Mapping[str, Any]
     index: int
     grouping: Grouping | None = None
-    factor: Tensor | None = None
+    factors: Tensor | None = None
     peaks: Tensor = field(init=False)
     prepared: Any = field(init=False, default=None, repr=False, compare=False)
 
@@ -94,6 +94,12 @@ class Holding:
     def layout(self) -> Layout:
         """Where its numbers lie, and the first partition's blocks."""
         return self.partitions[0].layout
+
+    @property
+    def factor(self) -> Tensor | None:
+        """0-dim, of this gradient."""
+        factors = self.factors
+        return None if factors is None else factors[self.index].to(self.compute_dtype)
 
     @property
     def exp_avg_sq(self) -> Tensor:

@@ -70,6 +70,7 @@ class Move:
         """
         self._holding, self._c, self._step = holding, c, step
         self._finite, self._by_block = finite, by_block
+        self._factor = holding.factor
         # also of pieces of which nothing lies here: their moments may be kept by all their ranks
         self.scaled = [
             None if piece.part.elementwise else self._scale_(piece)
@@ -124,8 +125,8 @@ class Move:
         piece, scaled = holding.layout.pieces[number], self.scaled[number]
         shape = (tile.num_blocks, -1)
         g = opened.gradient[tile.span].to(dtype).view(shape)
-        if holding.factor is not None:
-            g = g * holding.factor
+        if self._factor is not None:
+            g = g * self._factor
         moments = None
         if scaled is None:
             finite, squared = self._finite, g.square()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from models import assert_same_bits, everything, largest_difference
 from torch import Tensor, nn
-from waits import NoWaiting, a_device
+from waits import NoWaiting, Operations, a_device
 
 pytest.importorskip("triton")
 
@@ -350,3 +350,30 @@ def test_an_unknown_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.AMSF_KERNEL, "fast")
     with pytest.raises(ValueError, match="AMSF_KERNEL must be .*, got 'fast'"):
         AMSF(Some(torch.float32))
+
+
+@pytest.mark.parametrize("blocks", ["row", "factored"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_norm": 1.0}, {"clip": "tensor"}, {"clip": "block"}, {"nonfinite": "block"}],
+    ids=str,
+)
+def test_operations_do_not_grow_with_the_tensors(
+    blocks: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host of a GPU takes longer for one than the GPU for most tensors."""
+    for one in KERNELS:
+        monkeypatch.setattr(one, "run", lambda *args, **kwargs: None)
+    monkeypatch.setenv(choice.AMSF_KERNEL, "triton")
+    counts = []
+    for number in (3, 12):
+        model = Some(torch.bfloat16, [(4, 128)] * number)
+        optimizer = AMSF(model, state_storage="int8", blocks=blocks, **options)
+        with a_device(monkeypatch):
+            for step in range(2):
+                give_gradients(model, step)
+                with Operations() as seen:
+                    optimizer.step()
+        counts.append(seen.names)
+    assert counts[0] == counts[1]
+    assert len(counts[0]) < 100

@@ -213,11 +213,9 @@ class Table:
         table["step"] = column(draws)
         table["factor"] = 1.0
         table["scales_gradient"] = 0
-        if any(holding.factor is not None for holding in self.holdings):
-            factors = [h.factor for h in self.holdings]
-            table["scales_gradient"] = np.array([f is not None for f in factors])[self._owner]
-            numbers = [1.0 if factor is None else float(factor) for factor in factors]
-            table["factor"] = np.array(numbers)[self._owner]
+        factors = self.holdings[0].factors  # of the lane: one group, which clips or does not
+        if factors is not None:
+            table["scales_gradient"], table["factor"] = 1, column(factors)
 
 
 class Written(NamedTuple):

@@ -158,10 +158,5 @@ class TritonKernel:
         """[count] fp32, of the gradients."""
         if self._ones is None or len(self._ones) != count:
             self._ones = torch.ones(count, device=self._device)
-        if all(holding.factor is None for holding in self.holdings):
-            return self._ones
-        factors = list(self._ones.unbind())
-        for holding in self.holdings:
-            if holding.factor is not None:
-                factors[holding.index] = holding.factor
-        return torch.stack(factors)
+        factors = self.holdings[0].factors  # of the lane: one group, which clips or does not
+        return self._ones if factors is None else factors.float()
