@@ -96,7 +96,7 @@ def collectives_of(
                 for buffer, (places, slots) in zip(buffers, takes[name], strict=True)
             ],
             torch.tensor(replicas[name], dtype=torch.int64, device=axis.device_type),
-            torch.tensor(squares.get(name, []), dtype=torch.int64),
+            torch.tensor(squares.get(name, []), dtype=torch.int64, device=buffers[0].device),
         )
         for name, axis in axes.items()
     ]

@@ -47,10 +47,12 @@ class BlockSums:
         self._collectives = collectives_of(holdings, self._buffers, self._starts)
         self._owners = _owners(holdings, self._buffers, self._starts)
         self._num_holdings = len(holdings)
-        normed = [holding.group["clip"] in NEEDS_NORMS for holding in holdings]
-        self._normed = [i for i, needs in enumerate(normed) if needs and len(holdings[i].sums)]
-        self._sums = [holdings[index].sums for index in self._normed]
-        self._talks = bool(self._collectives) or any(normed)
+        clipped = [h.group["clip"] in NEEDS_NORMS for h in holdings]
+        normed = [i for i, clips in enumerate(clipped) if clips and len(holdings[i].sums)]
+        self._device = self._buffers[0].device if self._buffers else torch.device("cpu")
+        self._normed = torch.tensor(normed, dtype=torch.int64, device=self._device)
+        self._sums = [holdings[index].sums for index in normed]
+        self._talks = bool(self._collectives) or any(clipped)
         self._kernels: list[Kernel] = []  # that have measured
         self._doubt: list[Tensor] = []
         self._squares = torch.zeros(0)
@@ -121,10 +123,10 @@ class BlockSums:
             self._under_way, numel = None, collective.numel
             work.wait()
             collective.scatter(payload, self._buffers)
-            self._squares[collective.squares] = payload[numel:-1].to(self._squares.device)
+            self._squares.index_copy_(0, collective.squares, payload[numel:-1].to(self._device))
             for number in self._doubt:
                 number.copy_(payload[-1])
-        self.squares, doubt = self._squares[:-1], self._doubt
+        self.squares, doubt = self._squares, self._doubt
         if not self.everyone_knows:  # other tensors were measured meanwhile
             doubt = [sent + here for sent, here in zip(doubt, self._doubt_here(), strict=True)]
         return _no_doubt(doubt)
@@ -152,7 +154,7 @@ class BlockSums:
         """Its payload, and the all-reduce of it that is under way."""
         payload, numel = collective.gather(self._buffers, self._squares.dtype), collective.numel
         payload[:numel] /= collective.replicas
-        here = self._squares.index_select(0, collective.squares.to(self._squares.device))
+        here = self._squares.index_select(0, collective.squares)
         payload[numel:-1] = here.to(payload.device) / collective.axis.replicas
         payload[-1:] = _sum_on(payload.device, self._doubt)
         work = dist.all_reduce(payload, group=collective.axis.group, async_op=True)
@@ -163,16 +165,16 @@ class BlockSums:
         return [_largest(buffer) * 0.0 for buffer in self._buffers]
 
     def _squares_here(self) -> Tensor:
-        """[holdings + 1] squared norms of what this rank has of the gradients, fp32 or fp64."""
+        """[holdings] squared norms of what this rank has of the gradients, fp32 or fp64."""
         fp64 = any(buffer.dtype == torch.float64 for buffer in self._buffers)
         dtype = torch.float64 if fp64 else torch.float32
-        device = self._buffers[0].device if self._buffers else torch.device("cpu")
-        squares = torch.zeros(self._num_holdings + 1, dtype=dtype, device=device)
+        squares = torch.zeros(self._num_holdings, dtype=dtype, device=self._device)
         if self._sums:
             # No sum is negative. Adding by index would do the same in an order that changes on a
             # GPU, and replicas would clip by factors that differ.
             norms = torch._foreach_norm(self._sums, 1)
-            squares[self._normed] = torch.stack([norm.to(device, dtype) for norm in norms])
+            here = torch.stack([norm.to(self._device, dtype) for norm in norms])
+            squares.index_copy_(0, self._normed, here)
         return squares
 
 
