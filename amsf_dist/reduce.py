@@ -56,7 +56,7 @@ class BlockSums:
         self._kernels: list[Kernel] = []  # that have measured
         self._doubt: list[Tensor] = []
         self._squares = torch.zeros(0)
-        self._under_way: tuple[Tensor, dist.Work] | None = None
+        self._under_way: tuple[Tensor, dist.Work | None] | None = None
         self.squares = torch.zeros(len(holdings))
         reached = {collective.axis.group.group_name for collective in self._collectives}
         if own_groups:
@@ -107,7 +107,8 @@ class BlockSums:
         if self._talks:
             self._doubt, self._squares = self._doubt_here(), self._squares_here()
         if self._collectives:
-            self._under_way = self._start(self._collectives[0])
+            # where nothing moves meanwhile, a GPU's stream goes on with it without another's events
+            self._under_way = self._start(self._collectives[0], apart=not self.everyone_knows)
 
     def agree(self) -> dict[torch.device, Tensor]:
         """Add up the cut blocks over their ranks; after `send`.
@@ -121,7 +122,8 @@ class BlockSums:
         for collective in self._collectives:
             payload, work = self._under_way or self._start(collective)
             self._under_way, numel = None, collective.numel
-            work.wait()
+            if work is not None:
+                work.wait()
             collective.scatter(payload, self._buffers)
             self._squares.index_copy_(0, collective.squares, payload[numel:-1].to(self._device))
             for number in self._doubt:
@@ -150,14 +152,16 @@ class BlockSums:
             return {self._buffers[0].device: _VERDICTS[all(known)]}
         return _no_doubt(self._doubt_here())
 
-    def _start(self, collective: Collective) -> tuple[Tensor, dist.Work]:
-        """Its payload, and the all-reduce of it that is under way."""
+    def _start(
+        self, collective: Collective, apart: bool = False
+    ) -> tuple[Tensor, dist.Work | None]:
+        """Its payload, and the all-reduce of it where that is to run apart from what follows."""
         payload, numel = collective.gather(self._buffers, self._squares.dtype), collective.numel
         payload[:numel] /= collective.replicas
         here = self._squares.index_select(0, collective.squares)
         payload[numel:-1] = here.to(payload.device) / collective.axis.replicas
         payload[-1:] = _sum_on(payload.device, self._doubt)
-        work = dist.all_reduce(payload, group=collective.axis.group, async_op=True)
+        work = dist.all_reduce(payload, group=collective.axis.group, async_op=apart)
         return payload, work
 
     def _doubt_here(self) -> list[Tensor]:
