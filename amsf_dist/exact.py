@@ -11,7 +11,7 @@ The price is a second pass over the gradients and a second all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -50,9 +50,9 @@ class ExactBlockSums(BlockSums):
                 bits = self._bits[number][first : first + piece.num_sums]
                 bits.fill_(_INTEGER_BITS - terms - max(_REPLICA_BITS, (most - 1).bit_length()))
 
-    def waits(self, holding: Holding) -> bool:
+    def waiting(self, holding: Holding) -> Collection[int]:
         """Sums are not those of the kernels: everything does."""
-        return True
+        return range(len(holding.layout.pieces))
 
     def clear(self) -> None:
         """Set every sum to zero."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +36,9 @@ class Lane:
     """Parameters of one group on one device: they share hyper-parameters and counters.
 
     Attributes:
-        waits: for each of the holdings, whether it moves only when ranks have agreed.
+        waits: for each of the holdings, which pieces move only when ranks have agreed.
         lately: what lanes of the group share of a step.
-        waiting: kernels of those that do; each tensor has one kernel.
+        waiting: kernels of those; each piece has one kernel.
         free: kernels of the others.
     """
 
@@ -47,17 +46,19 @@ class Lane:
     rule: Rule
     device: torch.device
     holdings: list[Holding]
-    waits: InitVar[Sequence[bool]]
+    waits: InitVar[Sequence[Collection[int]]]
     counters: Counters
     lately: Lately
     waiting: list[Kernel] = field(init=False)
     free: list[Kernel] = field(init=False)
 
-    def __post_init__(self, waits: Sequence[bool]) -> None:
+    def __post_init__(self, waits: Sequence[Collection[int]]) -> None:
         """Choose the kernels."""
-        others = [not one for one in waits]
-        self.waiting = kernels_for(list(compress(self.holdings, waits)))
-        self.free = kernels_for(list(compress(self.holdings, others)))
+        waiting, free = [], []
+        for holding, numbers in zip(self.holdings, waits, strict=True):
+            waiting += holding.only(numbers)
+            free += holding.only(set(range(len(holding.layout.pieces))).difference(numbers))
+        self.waiting, self.free = kernels_for(waiting), kernels_for(free)
 
     @property
     def kernels(self) -> list[Kernel]:

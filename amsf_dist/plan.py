@@ -144,14 +144,15 @@ def _unit(
     held = [holding for holdings in on_device.values() for holding in holdings]
     exact = any(seat.group["deterministic"] for seat in seats)
     sums = (ExactBlockSums if exact else BlockSums)(held, own_groups)
+    peaks = GroupPeaks(held, own_groups)
     lanes = []
     for (number, device), holdings in on_device.items():
         group, rule = holdings[0].group, holdings[0].rule
         own = [state[holding.param] for holding in holdings]
         counters = states.Counters(states.counters_of(group), own, device)
-        waits = [sums.waits(holding) for holding in holdings]
+        waits = [sums.waiting(holding) for holding in holdings]
         lanes.append(Lane(group, rule, device, holdings, waits, counters, lately[number]))
-    return Unit(lanes, sums, GroupPeaks(held, own_groups))
+    return Unit(lanes, sums, peaks)
 
 
 def _signature(params: Iterable[Tensor], state: _State) -> dict[int, tuple[object, ...]]:

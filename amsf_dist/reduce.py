@@ -7,7 +7,8 @@ zeros and nobody waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 from amsf_dist.clipping import NEEDS_NORMS
 from amsf_dist.collective import Collective, collectives_of, partitions_of
 from amsf_dist.kernels import Holding, Kernel
-from amsf_dist.shards import with_own_group
+from amsf_dist.shards import Piece, with_own_group
 
 __all__ = ["BlockSums"]
 
@@ -71,19 +72,25 @@ class BlockSums:
             for axis in partition.layout.spread
         )
 
-    def waits(self, holding: Holding) -> bool:
-        """Whether a tensor moves only when ranks have agreed.
+    def waiting(self, holding: Holding) -> Collection[int]:
+        """Which pieces of a tensor move only when ranks have agreed.
 
-        All do where a gradient that is not finite holds back the whole step. Where blocks decide
-        for themselves, those do that other ranks have a part of: of a block, or of a group of
-        numbers with one scale; and those whose norm clips them.
+        All do where a gradient that is not finite holds back the whole step, and where norms clip.
+        Where blocks decide for themselves, those do that other ranks have a part of: of a block, or
+        of a group of numbers with one scale.
         """
-        return (
-            self.everyone_knows
-            or any(partition.layout.cuts for partition in holding.partitions)
-            or (holding.grouping is not None and bool(holding.grouping.shared))
-            or holding.group["clip"] in NEEDS_NORMS
-        )
+        pieces = holding.layout.pieces
+        if self.everyone_knows or holding.group["clip"] in NEEDS_NORMS:
+            return range(len(pieces))
+        shared = () if holding.grouping is None else holding.grouping.shared
+        found = {group.piece for group in shared}
+        for way, partition in enumerate(holding.partitions):
+            cut = sorted(position for cut in partition.layout.cuts for position in cut.sums)
+            for number, piece in enumerate(pieces):
+                ways = (piece, *piece.others)
+                if way < len(ways) and _any_in(cut, ways[way]):
+                    found.add(number)
+        return found
 
     def measure(self, kernel: Kernel, later: bool = False) -> None:
         """Add what this rank sees of a kernel's gradients to the sums.
@@ -195,6 +202,12 @@ def _owners(
             number, start = next(places)
             owners[number][start : start + partition.layout.num_sums] = index
     return [own.to(buffer.device) for own, buffer in zip(owners, buffers, strict=True)]
+
+
+def _any_in(positions: Sequence[int], piece: Piece) -> bool:
+    """Whether any of these positions in the tensor's sums, in order, is one of a piece's."""
+    at = bisect_left(positions, piece.first_sum)
+    return at < len(positions) and positions[at] < piece.first_sum + piece.num_sums
 
 
 def _largest(sums: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Most groups lie in one tile, and their scale is found when the tile is stored. T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -60,6 +60,13 @@ class Grouping:
         for piece in layout.pieces:
             grouping._add(piece, device_type)
         return grouping
+
+    def only(self, pieces: Sequence[int]) -> Grouping:
+        """Of these pieces alone, which are numbered anew; all shared groups are theirs, or none."""
+        number = {piece: at for at, piece in enumerate(pieces)}
+        own = [group for group in self.shared if group.piece in number]
+        shared = [group._replace(piece=number[group.piece]) for group in own]
+        return Grouping(self.num_groups, [self.tiles[piece] for piece in pieces], shared)
 
     def _add(self, piece: Piece, device_type: str) -> None:
         numel = math.prod(piece.part.shape)

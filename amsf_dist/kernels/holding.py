@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,28 @@ class Holding:
     def weight(self) -> tuple[Tensor, ...]:
         """This rank's memory of the weights, in the order of their storage's keys."""
         return self.memory(self.param), *self.errors
+
+    def only(self, numbers: Collection[int]) -> list[Holding]:
+        """The tensor as if these were all of its pieces, for a kernel; nothing if there are none.
+
+        Args:
+            numbers: of the pieces; either all that have a part of a shared group, or none of them.
+        """
+        pieces = self.layout.pieces
+        kept = [number for number in range(len(pieces)) if number in numbers]
+        if not kept:
+            return []
+        if len(kept) == len(pieces):
+            return [self]
+        whole = self.partitions[0]
+        layout = replace(whole.layout, pieces=tuple(pieces[number] for number in kept))
+        first = Partition(whole.key, layout, whole.moments)
+        first.sums = whole.sums
+        grouping = None if self.grouping is None else self.grouping.only(kept)
+        part = replace(self, partitions=(first, *self.partitions[1:]), grouping=grouping)
+        if grouping is not None:
+            part.peaks = self.peaks
+        return [part]
 
     def memory(self, tensor: Tensor) -> Tensor:
         """This rank's memory of a tensor shaped and sharded as the parameter."""

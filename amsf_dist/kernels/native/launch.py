@@ -15,12 +15,12 @@ from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.lines import flat_line
 from amsf_dist.kernels.move import Move, Opened
 from amsf_dist.kernels.native.build import library
-from amsf_dist.kernels.native.table import FORMATS, PIECE, RULES, Rows, passes_once, rows_of
+from amsf_dist.kernels.native.table import FORMATS, PIECE, RULES, Rows, once, rows_of
 from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.shards import Piece
 from amsf_dist.shards.layout import itself
 
-__all__ = ["Table", "Written", "goes_once"]
+__all__ = ["Table", "Written", "parted"]
 
 _OF_MATRICES = ("column_sums", "whole_sum", "column_moments", "whole_moment")
 """Addresses that only factored pieces have."""
@@ -38,7 +38,7 @@ class _Known(NamedTuple):
         whole: whether the tensor is seen as this rank's memory.
         shared: whether groups are shared by tiles: then `Move` scales its blocks, and seeks what is
             shared before it is stored.
-        once: whether it can be measured and moved in one pass; see `passes_once`.
+        once: pieces that can be measured and moved in one pass.
     """
 
     rows: bytes
@@ -48,7 +48,7 @@ class _Known(NamedTuple):
     flat: bool
     whole: bool
     shared: bool
-    once: bool
+    once: list[int]
 
 
 class Table:
@@ -128,7 +128,7 @@ class Table:
         self._call_with_all("amsf_move", c, draws, scaled)
 
     def step(self, c: Coefficients, draws: Tensor) -> bool:
-        """Measure and move in one pass, those that `goes_once` accepts: blocks decide themselves.
+        """Measure and move in one pass, of what `parted` allows: blocks decide themselves.
 
         Returns:
             Whether all gradients were finite.
@@ -248,9 +248,11 @@ def _first(tensors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [own[0] if own else torch.empty(0) for own in tensors] if any(tensors) else []
 
 
-def goes_once(holding: Holding) -> bool:
-    """Whether it can be measured and moved in one pass."""
-    return _known(holding).once
+def parted(holding: Holding) -> tuple[list[Holding], list[Holding]]:
+    """What of it can be measured and moved in one pass, and what cannot."""
+    pieces = _known(holding).once
+    others = set(range(len(holding.layout.pieces))).difference(pieces)
+    return holding.only(pieces), holding.only(others)
 
 
 def _key(holding: Holding) -> tuple[Any, ...]:
@@ -270,9 +272,8 @@ def _known(holding: Holding) -> _Known:
         )
         shared = holding.grouping is not None and bool(holding.grouping.shared)
         whole = holding.layout.local is itself
-        one_way = len(holding.partitions) == 1
-        once = flat and one_way and not shared and passes_once(holding, tiles)
-        known = _Known(rows.tobytes(), len(rows), tiles, key, flat, whole, shared, once)
+        pieces = once(holding, tiles) if flat else []
+        known = _Known(rows.tobytes(), len(rows), tiles, key, flat, whole, shared, pieces)
         holding.prepared = known
     return known
 

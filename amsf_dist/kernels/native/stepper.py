@@ -11,7 +11,7 @@ from torch import Tensor
 from amsf_dist.kernels.choice import Kernel, Moves, Reference
 from amsf_dist.kernels.holding import Holding
 from amsf_dist.kernels.native.build import library
-from amsf_dist.kernels.native.launch import Table, goes_once
+from amsf_dist.kernels.native.launch import Table, parted
 from amsf_dist.kernels.native.table import serves
 from amsf_dist.rules.protocol import Coefficients
 
@@ -37,6 +37,7 @@ class NativeKernel:
         self._twice = self._once = Table(())
         self._looked = self._later = False
         self._stepping: list[Holding] = []
+        self._parted: dict[int, tuple[list[Holding], list[Holding]]] = {}
 
     def measure(self, later: bool = False) -> None:
         """See `Kernel`."""
@@ -68,8 +69,15 @@ class NativeKernel:
             if self._once.is_current() and self._twice.is_current():
                 return
         self._later, self._stepping = later, stepping
-        self._once = Table([h for h in stepping if later and goes_once(h)])
-        self._twice = Table([h for h in stepping if not (later and goes_once(h))])
+        once, twice = [], list(stepping)
+        if later:
+            for holding in stepping:
+                if id(holding) not in self._parted:
+                    self._parted[id(holding)] = parted(holding)
+            parts = [self._parted[id(holding)] for holding in stepping]
+            once = [part for own, _ in parts for part in own]
+            twice = [part for _, own in parts for part in own]
+        self._once, self._twice = Table(once), Table(twice)
 
 
 class _InOnePass(NamedTuple):

@@ -26,7 +26,7 @@ from amsf_dist.storage.noise import family_of
 from amsf_dist.storage.split import Split
 from amsf_dist.storage.stochastic import Stochastic
 
-__all__ = ["FORMATS", "PIECE", "RULES", "TILE", "Rows", "passes_once", "rows_of", "serves"]
+__all__ = ["FORMATS", "PIECE", "RULES", "TILE", "Rows", "once", "rows_of", "serves"]
 
 Rows = NDArray[np.void]
 
@@ -85,21 +85,26 @@ def serves(holding: Holding) -> bool:
     )
 
 
-def passes_once(holding: Holding, tiles: Sequence[Rows]) -> bool:
-    """Whether measuring and moving can go tile by tile: every block and every group lies in one.
+def once(holding: Holding, tiles: Sequence[Rows]) -> list[int]:
+    """Pieces that can be measured and moved tile by tile: every block and group lies in one.
 
     Args:
-        holding: one that `serves` accepts, cut in one way.
+        holding: one that `serves` accepts.
         tiles: of its pieces, as `rows_of` gives them.
     """
     grouped = isinstance(holding.lines[0].storage, Int8)
-    for piece, own in zip(holding.layout.pieces, tiles, strict=True):
+    found = []
+    for number, (piece, own) in enumerate(zip(holding.layout.pieces, tiles, strict=True)):
         numel = piece.part.blocks.block_numel
-        if piece.part.elementwise or grouped and (numel % GROUP or own["phase"].any()):
-            return False
-        if (own["stop"] - own["start"] != own["num_blocks"] * numel).any():
-            return False
-    return True
+        if piece.part.elementwise or piece.others:
+            continue
+        cut = own["phase"].any() or (own["first_shared"] >= 0).any()
+        cut = cut or (own["last_shared"] >= 0).any()
+        if grouped and (numel % GROUP or cut):
+            continue
+        if (own["stop"] - own["start"] == own["num_blocks"] * numel).all():
+            found.append(number)
+    return found
 
 
 def rows_of(holding: Holding) -> tuple[Rows, list[Rows]]:
