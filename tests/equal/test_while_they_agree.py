@@ -14,6 +14,8 @@ from layouts import train as train_plain
 from models import Transformer, assert_same_bits
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from zero import config, engine_of, train
 
@@ -125,8 +127,6 @@ def test_under_deepspeed() -> None:
 
 def a_flat_parameter() -> list[str]:
     """Rows of three matrices in one; the second one's are halved by the shards."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     os.environ[AMSF_KERNEL] = "auto"
     layers = [nn.Linear(64, rows, bias=False) for rows in (96, 65, 96)]
     whole = FullyShardedDataParallel(nn.Sequential(*layers), device_id=torch.device("cpu"))
@@ -149,3 +149,55 @@ def test_the_rest_of_a_flat_parameter_does_not_wait() -> None:
     first, second = run_ranks(2, a_flat_parameter)
     assert first == ["amsf_measure", "send", "amsf_step", "wait", "amsf_move"]
     assert second == first[:-1]  # after something that is not finite: by operations of torch
+
+
+def what_follows_what(world_size: int, kernel: str) -> Any:
+    """Of two matrices the first is one block, cut by shards, the other has a block per row."""
+    os.environ[AMSF_KERNEL] = kernel
+    events = spied()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 32, bias=False))
+    if world_size > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = AMSF(
+        model,
+        lr=0.02,
+        blocks=[{"pattern": "^0", "kind": "tensor"}, {"pattern": ".*", "kind": "row"}],
+        state_storage="int8",
+        nonfinite="block",
+    )
+    skipped = []
+    for step in range(5):
+        model(torch.arange(256.0).view(4, 64) / 64.0).square().mean().backward()
+        grads = [param.grad for param in model.parameters()]
+        first, second = (g.to_local() if isinstance(g, DTensor) else g for g in grads)
+        if dist.get_rank() == 0 and step in (1, 3):
+            (first if step == 1 else second)[3, 5] = float("inf")  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+        skipped.append(optimizer.skipped_steps)
+    weights = {
+        name: (param.full_tensor() if isinstance(param, DTensor) else param).detach()
+        for name, param in model.named_parameters()
+    }
+    return weights, events, skipped
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_what_no_other_rank_has_a_part_of_moves_while_the_ranks_agree(kernel: str) -> None:
+    ((alone, _, counted),) = run_ranks(1, what_follows_what, 1, kernel)
+    assert counted == [0, 1, 1, 2, 2]
+    of_a_step = ["amsf_measure", "send", "amsf_step", "wait", "amsf_move"]
+    bad_step = of_a_step[:-1]  # the torch operations keep what a bad block has
+    if kernel == "reference":
+        of_a_step = bad_step = ["send", "wait"]
+    found = run_ranks(2, what_follows_what, 2, kernel)
+    assert [skipped for _, _, skipped in found] == [[0, 1, 1, 2, 2], [0, 1, 1, 1, 1]]
+    for rank, (weights, events, _) in enumerate(found):
+        assert events == [
+            event
+            for step in range(5)
+            for event in (bad_step if step == 1 or step == 3 and not rank else of_a_step)
+        ]
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, alone[name], rtol=1e-5, atol=1e-6)
