@@ -74,18 +74,17 @@ def advance(
         for name, value in zip(rule.counters, lately.after, strict=True):
             counters[name].fill_(value)
         return lately.scalars
-    by = 1.0 if finite is None else finite.double()
-    tick = torch.zeros_like(steps)
     if everyone:
-        tick += by
+        tick = torch.ones_like(steps) if finite is None else finite.to(steps).expand_as(steps)
     else:
+        tick = torch.zeros_like(steps)
         for index in stepping:
-            tick[index] += by
+            tick[index] += 1.0 if finite is None else finite.double()
+    begun = (steps > 0).to(tick) if part or not last else None
     if not last:
         counters = {name: vector.clone() for name, vector in counters.items()}
-    begun = (steps > 0).to(tick)
     scalars = rule.advance(counters, tick, group)
-    if part or not last:
+    if begun is not None:
         scalars = rule.part(scalars, not part, last, begun)
     if before is not None:
         scalars = type(scalars)(*map(_first, scalars))

@@ -59,6 +59,7 @@ class Lane:
             waiting += holding.only(numbers)
             free += holding.only(set(range(len(holding.layout.pieces))).difference(numbers))
         self.waiting, self.free = kernels_for(waiting), kernels_for(free)
+        self._elsewhere = [h for h in self.holdings if h.layout.flat and not h.layout.numel]
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -78,12 +79,8 @@ class Lane:
             What the step multiplies by; None where it moves nothing.
         """
         stepping = [h for h in self.holdings if h.param.grad is not None]
-        # nothing of these lies here, and only FSDP1 leaves out their gradients: they count along
-        absent = [
-            h
-            for h in self.holdings
-            if h.param.grad is None and h.layout.flat and not h.layout.numel
-        ]
+        # only FSDP1 leaves out the gradients of what is not here: those count along
+        absent = [h for h in self._elsewhere if h.param.grad is None]
         # not "if anything has a gradient": under FSDP1 ranks without a part of what was used differ
         counts = self.rule.ticks_without_gradient and self.group["train_mode"]
         elsewhere = self.group["train_mode"] and len(absent) == len(self.holdings)
