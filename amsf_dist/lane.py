@@ -16,10 +16,10 @@ from amsf_dist.rules import Rule
 from amsf_dist.rules.protocol import Coefficients
 from amsf_dist.state import Counters
 
-__all__ = ["Lane", "Scalars"]
+__all__ = ["Lane", "Advanced"]
 
 
-class Scalars(NamedTuple):
+class Advanced(NamedTuple):
     """What a lane's step multiplies by.
 
     Attributes:
@@ -66,7 +66,7 @@ class Lane:
         """All of them."""
         return self.waiting + self.free
 
-    def advance(self, finite: Tensor | None, part: int = 0, last: bool = True) -> Scalars | None:
+    def advance(self, finite: Tensor | None, part: int = 0, last: bool = True) -> Advanced | None:
         """Advance the counters.
 
         Args:
@@ -95,10 +95,10 @@ class Lane:
             self.rule, self.group, self.counters.values, indices, self.lately, finite, part, last
         )
         # every part rounds with numbers of its own
-        return Scalars(columns, self.counters.values["step"] + part * _PARTS_APART)
+        return Advanced(columns, self.counters.values["step"] + part * _PARTS_APART)
 
     def moves(
-        self, kernels: Sequence[Kernel], by: Scalars | None, finite: Tensor, everyone_knows: bool
+        self, kernels: Sequence[Kernel], by: Advanced | None, finite: Tensor, everyone_knows: bool
     ) -> list[Moves]:
         """Advance the moments of every parameter that has a gradient.
 

@@ -56,7 +56,6 @@ class BlockSums:
         self._talks = bool(self._collectives) or any(clipped)
         self._kernels: list[Kernel] = []  # that have measured
         self._doubt: list[Tensor] = []
-        self._squares = torch.zeros(0)
         self._under_way: tuple[Tensor, dist.Work | None] | None = None
         self.squares = torch.zeros(len(holdings))
         reached = {collective.axis.group.group_name for collective in self._collectives}
@@ -112,7 +111,7 @@ class BlockSums:
         """Start the first all-reduce, with what is measured by now; it runs until `agree`."""
         # 0 when all is finite, NaN otherwise; unlike a flag it can ride in a sum.
         if self._talks:
-            self._doubt, self._squares = self._doubt_here(), self._squares_here()
+            self._doubt, self.squares = self._doubt_here(), self._squares_here()
         if self._collectives:
             # where nothing moves meanwhile, a GPU's stream goes on with it without another's events
             self._under_way = self._start(self._collectives[0], apart=not self.everyone_knows)
@@ -132,10 +131,10 @@ class BlockSums:
             if work is not None:
                 work.wait()
             collective.scatter(payload, self._buffers)
-            self._squares.index_copy_(0, collective.squares, payload[numel:-1].to(self._device))
+            self.squares.index_copy_(0, collective.squares, payload[numel:-1].to(self._device))
             for number in self._doubt:
                 number.copy_(payload[-1])
-        self.squares, doubt = self._squares, self._doubt
+        doubt = self._doubt
         if not self.everyone_knows:  # other tensors were measured meanwhile
             doubt = [sent + here for sent, here in zip(doubt, self._doubt_here(), strict=True)]
         return _no_doubt(doubt)
@@ -163,9 +162,9 @@ class BlockSums:
         self, collective: Collective, apart: bool = False
     ) -> tuple[Tensor, dist.Work | None]:
         """Its payload, and the all-reduce of it where that is to run apart from what follows."""
-        payload, numel = collective.gather(self._buffers, self._squares.dtype), collective.numel
+        payload, numel = collective.gather(self._buffers, self.squares.dtype), collective.numel
         payload[:numel] /= collective.replicas
-        here = self._squares.index_select(0, collective.squares)
+        here = self.squares.index_select(0, collective.squares)
         payload[numel:-1] = here.to(payload.device) / collective.axis.replicas
         payload[-1:] = _sum_on(payload.device, self._doubt)
         work = dist.all_reduce(payload, group=collective.axis.group, async_op=apart)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amsf_dist import clipping, plan
 from amsf_dist.hyper import Hyper
-from amsf_dist.lane import Scalars
+from amsf_dist.lane import Advanced
 from amsf_dist.modes import TwoModes
 from amsf_dist.owner import Owner
 
@@ -217,7 +217,7 @@ class Stepping(TwoModes):
         return None if self._square is None else float(self._square) ** 0.5
 
 
-def _step_free(unit: plan.Unit, last: bool) -> list[Scalars | None]:
+def _step_free(unit: plan.Unit, last: bool) -> list[Advanced | None]:
     """While ranks agree: measure and move what they need not agree on; blocks decide themselves.
 
     Returns:

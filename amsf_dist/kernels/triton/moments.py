@@ -21,10 +21,10 @@ the whole parameter."""
 MATRIX_FIELDS = 10
 """The same, of rows or of columns; addresses of the moment and of the sum of the whole matrix; its
 numbers; whether these are the rows."""
-PIECE_FIELDS = 10
-"""addresses of the error bits, of the line, of its scales, of the moments; numbers per block of the
-whole parameter; place in the lane; whether it is a matrix; families of the random numbers of the
-weight and of the line; where factored, the first column's place in `scales`."""
+PIECE_FIELDS = 9
+"""addresses of the error bits, of the line, of its scales, of the moments; place in the lane;
+whether it is a matrix; families of the random numbers of the weight and of the line; where
+factored, the first column's place in `scales`."""
 
 _FIELDS = tl.constexpr(FIELDS)
 _MOMENT = tl.constexpr(MOMENT_FIELDS)
@@ -50,7 +50,7 @@ def advance_moments(
         BLOCKS: per program.
     """
     item = items + tl.program_id(0) * _MOMENT
-    c = coefficients + tl.load(pieces + tl.load(item) * _PIECE + 5) * _FIELDS
+    c = coefficients + tl.load(pieces + tl.load(item) * _PIECE + 4) * _FIELDS
     at = tl.arange(0, BLOCKS)
     mask = at < tl.load(item + 4)
     moments = tl.load(item + 1).to(tl.pointer_type(tl.float32)) + at
@@ -84,7 +84,7 @@ def advance_matrices(
         BLOCKS: rows or columns per program.
     """
     item = items + tl.program_id(0) * _MATRIX
-    c = coefficients + tl.load(pieces + tl.load(item) * _PIECE + 5) * _FIELDS
+    c = coefficients + tl.load(pieces + tl.load(item) * _PIECE + 4) * _FIELDS
     at = tl.arange(0, BLOCKS)
     whole = tl.load(tl.load(item + 7).to(tl.pointer_type(tl.float32)) + 0 * at)
     whole = tl.math.div_rn(whole, tl.load(item + 8).to(tl.float32))

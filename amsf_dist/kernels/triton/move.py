@@ -63,7 +63,7 @@ def _tile(
 
     `scale`: factor of the gradient, negative where nothing moves; `by_column`: another one.
     """
-    row = tl.load(piece + 5)
+    row = tl.load(piece + 4)
     c = coefficients + row * _FIELDS
     weights, gradients = tl.load(address), tl.load(address + 1)
     errors, lines, line_scales = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
@@ -87,7 +87,7 @@ def _tile(
     else:
         moves = scale >= 0
         scale = scale * by_column
-    decays = tl.load(piece + 6) != 0
+    decays = tl.load(piece + 5) != 0
     if DECAY_ALL:
         decays = decays | True
     weight, new = moved(y, g, scale, line, decays, c, RULE)
@@ -95,12 +95,12 @@ def _tile(
         weight, new = tl.where(moves, weight, y), tl.where(moves, new, line)
     step = tl.load(steps + row).to(tl.int64)
     store_weight(
-        weights, errors, at, mask, weight, key_of(tl.load(piece + 7), step), place, offsets,
+        weights, errors, at, mask, weight, key_of(tl.load(piece + 6), step), place, offsets,
         STORAGE, FORMAT, ALIGNED,
     )  # fmt: skip
     store_line(
         lines, line_scales, at, group + groups, mask, there, new, line_scale, moves,
-        key_of(tl.load(piece + 8), step), place, offsets, LINE, not BY_BLOCK, ALIGNED,
+        key_of(tl.load(piece + 7), step), place, offsets, LINE, not BY_BLOCK, ALIGNED,
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def move(
             column = (inside + at) % block_numel
             if WHOLE:
                 column += tl.arange(0, 64)[None, :]
-            columns = scales + tl.load(pieces + number * _PIECE + 9)
+            columns = scales + tl.load(pieces + number * _PIECE + 8)
             by_column = tl.load(columns + column, mask=mask, other=0.0)
     _tile(
         pieces + number * _PIECE, addresses + number * _ADDRESS, coefficients, factors, steps,
@@ -241,7 +241,7 @@ def measure_and_move(
     mean_sq = tl.math.div_rn(square, block_numel.to(tl.float32))
     if is_finite(mean_sq):
         moment = tl.load(piece + 3).to(tl.pointer_type(tl.float32)) + tl.load(item + 4) + number
-        c = coefficients + tl.load(piece + 5) * _FIELDS
+        c = coefficients + tl.load(piece + 4) * _FIELDS
         after, scale = second_moment(tl.load(moment), mean_sq, c, CLIP_BLOCKS)
         tl.store(moment, after)
         for begin in range(0, block_numel, GROUPS * 64):

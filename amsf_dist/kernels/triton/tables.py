@@ -219,7 +219,6 @@ def _piece_row(holding: Holding, piece: Piece) -> list[int]:
         line[0].data_ptr(),
         line[1].data_ptr() if len(line) > 1 else 0,
         holding.exp_avg_sq.data_ptr(),
-        piece.part.blocks.block_numel,
         holding.index,
         int(len(piece.part.shape) >= 2),
         family_of(seed, stream_of(name, WEIGHT)),
